@@ -1,0 +1,66 @@
+"""What the core may know of an array: its owner, shape, dtype and device, read off its attributes.
+
+No framework is imported here. An array's owner is found by the names of its classes, its dtype and
+device by the spelling that its framework prints, so that `torch.float32` and `dtype('float32')` are
+both `"float32"`, and `device(type='cuda', index=0)` and `<CUDA Device 0>` are both `"cuda:0"`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["class_names", "describe", "device_kind", "device_name", "dtype_name", "is_array"]
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def class_names(array: object) -> tuple[str, ...]:
+    """Full names of the array's class and its bases, most derived first: `("torch.Tensor", ...)`."""
+    return tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in type(array).__mro__)
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` looks like an array: it has a shape and a dtype."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def dtype_name(array: Any) -> str:
+    """`"float32"` for any framework's float32."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def device_name(array: Any) -> str:
+    """`"cpu"`, `"cuda:0"`, ...: where the array is; `"sharded"`: over several; `"traced"`: nowhere yet."""
+    device = getattr(array, "device", None)
+    if device is None and hasattr(array, "aval"):  # a JAX tracer
+        return "traced"
+    if device is None or isinstance(device, str):
+        return device or "cpu"
+    kind = getattr(device, "type", None) or getattr(device, "platform", None)
+    index = getattr(device, "index", None)
+    if kind is None and hasattr(device, "device_set"):  # a JAX sharding
+        devices = list(device.device_set)
+        if len(devices) != 1:
+            return "sharded"
+        kind, index = devices[0].platform, devices[0].id
+    elif kind is None:  # CuPy: a bare CUDA device
+        kind, index = "cuda", device.id
+    elif index is None:
+        index = getattr(device, "id", None)
+    kind = {"gpu": "cuda"}.get(str(kind), str(kind))
+    return kind if kind == "cpu" or index is None else f"{kind}:{index}"
+
+
+def device_kind(name: str) -> str:
+    """`"cuda"` of `"cuda:0"`."""
+    return name.partition(":")[0]
+
+
+def describe(value: object) -> str:
+    """How an error names a value: `float32 array of shape (8, 4) on cpu`, or its type and repr."""
+    if is_array(value):
+        shape = tuple(value.shape)  # type: ignore[attr-defined]
+        return f"a {dtype_name(value)} array of shape {shape} on {device_name(value)} ({class_names(value)[0]})"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
