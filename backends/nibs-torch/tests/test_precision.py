@@ -1,0 +1,63 @@
+"""Whose precision products have, and that nobody else's changes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from dense_torch import leaves
+
+import nibs
+from nibs_torch import precision
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
+    reason="this PyTorch has no flag for products on a CPU",
+)
+
+
+@pytest.mark.parametrize(("wanted", "flag"), [("high", "tf32"), ("highest", "ieee")])
+def test_the_flag_stands_during_a_product_and_is_put_back(wanted, flag):
+    holder = torch.backends.mkldnn.matmul
+    before = holder.fp32_precision
+    with precision.products(wanted, torch.float32, CPU):
+        assert holder.fp32_precision == flag
+    assert holder.fp32_precision == before
+
+
+def test_an_error_in_a_product_puts_the_flag_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), precision.products("high", torch.float32, CPU):
+        _ = 1 / 0
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize(("wanted", "dtype"), [("default", torch.float32), ("highest", torch.float64)])
+def test_nothing_is_touched_where_nothing_was_asked(wanted, dtype):
+    assert precision.products(wanted, dtype, CPU) is precision.products("default", torch.float32, CPU)
+
+
+def test_two_threads_do_not_leave_each_others_flag_behind():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    queries, keys, _ = (one.detach() for one in leaves(dtype=torch.float32))
+
+    def work(wanted):
+        for _ in range(20):
+            nibs.contrastive_loss(queries, keys, precision=wanted)
+
+    threads = [threading.Thread(target=work, args=(wanted,)) for wanted in ("high", "highest")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_highest_is_at_least_as_close_to_float64_as_float32_can_be():
+    queries, keys, scale = leaves(n=64, d=32, dtype=torch.float32)
+    exact = nibs.contrastive_loss(queries.double(), keys.double(), scale=scale.double())
+    found = nibs.contrastive_loss(queries, keys, scale=scale, precision="highest")
+    assert abs(found.double() - exact) < 1e-5 * abs(exact)
