@@ -1,0 +1,50 @@
+"""The blocks of docs/jax.md run, one after the other, as they stand there; so does the example."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax_checks import close, dense, rows
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "jax.md"
+
+
+def test_the_snippets_run_and_give_the_dense_loss(mesh: Any) -> None:
+    blocks = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
+    assert list(blocks) == ["jit", "shard_map", "global"]
+    images, texts = rows(16, 16)
+    parameters = {"image": jnp.eye(8), "text": jnp.eye(8) + 0.1, "log_scale": jnp.asarray(0.7)}
+    space: dict[str, Any] = {"mesh": mesh(4), "queries": images, "keys": texts}
+
+    exec(blocks["jit"], space)
+    value, moved = space["step"](parameters, images, texts)
+    queries, keys = images, texts @ parameters["text"]
+    queries, keys = (side / jnp.linalg.norm(side, axis=1, keepdims=True) for side in (queries, keys))
+    close(value, dense(queries, keys, np.exp(0.7)))
+    assert space["step"](moved, images, texts)[0] < value
+
+    exec(blocks["shard_map"], space)
+    got = space["sharded"](parameters, images, texts)
+
+    def whole(parameters: Any) -> Any:
+        return dense(images @ parameters["image"], texts @ parameters["text"], jnp.exp(parameters["log_scale"]))
+
+    close(got, jax.value_and_grad(whole)(parameters), 1e-5)
+
+    exec(blocks["global"], space)
+    close(space["value"], dense(images, texts, 10.0))
+
+
+def test_the_example_learns() -> None:
+    program = [sys.executable, str(ROOT / "examples" / "two_tower_jax.py"), "--steps", "60", "--batch", "256"]
+    said = subprocess.run(program, capture_output=True, text=True, timeout=200)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "held-out queries find their key" in said.stdout
