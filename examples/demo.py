@@ -1,0 +1,353 @@
+"""The main job: train an image-text model on emoji, the whole training set as one batch, through nibs.
+
+    python examples/demo.py [--backend NAME] [--steps N] [--seconds-limit S] [--output FOLDER]
+
+Prints how well pictures and names that were never trained on find each other, what the loss cost beside the
+dense one, and the same for 24,610 icons, where a dense similarity matrix takes 2.4 GB. Writes two pictures and
+the figures as JSON. About two minutes on two cores. What it needs is in examples/requirements.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from compare import Comparison, compare
+from emoji_data import ATTRIBUTION, EmojiData, TextFeatures, load_data
+from icon_data import icon_embeddings
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from show import (
+    RANKS,
+    Curves,
+    accuracy_table,
+    comparison_table,
+    draw_curves,
+    draw_neighbours,
+    duration,
+    percent,
+    retrieval_table,
+)
+from torch import Tensor
+from two_tower import TwoTower, parameter_groups
+
+import nibs
+
+PICTURE_SIZE = 32
+TEXT_WIDTH = 2048
+DIM = 128
+RATE = 3e-3
+WARM_UP = 0.1  # share of training in which the rate grows
+ENGLISH = 0.5  # share of texts that are the English name alone, and not the names in all languages
+SHIFT = 2  # pixels by which a picture may move
+MICRO_BATCH = 400  # pictures encoded at once: their tensors stay near the processor, and they move together
+LOOK_EVERY = 10  # steps between two looks at the held-out set
+ICON_SCALE = 20.0
+DENSE_SECONDS = 60.0  # what the dense loss on the icons may take of everybody's time
+SHOWN = 20  # names in the picture of neighbours
+NEAREST = 6
+
+
+@dataclass(frozen=True)
+class Side:
+    """Training or held-out set as tensors.
+
+    pictures: `[n, 3, 32, 32]`. texts, english: `[n, TEXT_WIDTH]`, the names in all languages and the English one.
+    ids: `[n]`.
+    """
+
+    pictures: Tensor
+    texts: Tensor
+    english: Tensor
+    ids: Tensor
+
+
+def side_of(data: EmojiData, features: TextFeatures, rows: np.ndarray) -> Side:
+    """Gather the rows of one side of the split."""
+    pictures = torch.from_numpy(data.pictures[rows]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return Side(
+        pictures.contiguous(memory_format=torch.channels_last),
+        torch.from_numpy(features([data.emoji[row].caption for row in rows])),
+        torch.from_numpy(features([data.emoji[row].name for row in rows])),
+        torch.from_numpy(data.ids[rows]),
+    )
+
+
+def one_batch_loss(queries: Tensor, keys: Tensor, scale: Tensor, ids: Tensor, backend: str | None) -> Tensor:
+    """Compute the loss of the demo: symmetric InfoNCE, in which equal pictures are not each other's negatives."""
+    objective = nibs.InfoNCE(same_id="exclude")
+    return nibs.contrastive_loss(
+        queries, keys, scale=scale, objective=objective, query_ids=ids, key_ids=ids, backend=backend
+    )
+
+
+def check_that_it_trains(backend: str | None) -> None:
+    """Try the loss on four rows, so that a backend which cannot train says so before anything is drawn."""
+    rows, scale = torch.eye(4, 8).requires_grad_(), torch.tensor(10.0, requires_grad=True)
+    loss = one_batch_loss(rows, rows.detach().clone().requires_grad_(), scale, torch.arange(4), backend)
+    if not loss.requires_grad:
+        raise nibs.errors.Unsupported(f"backend {backend!r} returns a loss without gradients: nothing can be trained.")
+    loss.backward()
+
+
+def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift all pictures alike, by up to SHIFT pixels each way; their borders are white."""
+    down, right = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
+    return torch.roll(pictures, (down, right), (2, 3))
+
+
+def train(
+    model: TwoTower, side: Side, held_out: Side, options: argparse.Namespace, console: Console
+) -> tuple[Curves, float]:
+    """Take one step per pass over the whole set; return the curves and the seconds it took.
+
+    The rate follows the share of steps done, or of the time limit used where that is ahead: a slow machine
+    takes fewer steps and still ends with a small rate.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, RATE), lr=RATE, betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(options.seed)
+    curves, start = Curves(), time.perf_counter()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("training"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[seen]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=options.steps, seen="")
+        done = 0.0
+        while done < 1:
+            share = min(1, (done + 1 / options.steps) / WARM_UP) * math.cos(math.pi / 2 * done) ** 2
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_rate"] * share
+            order = torch.randperm(len(side.ids), generator=generator)
+            encoded = [model.encode_pictures(moved(side.pictures[r], generator)) for r in order.split(MICRO_BATCH)]
+            in_english = torch.rand(len(order), 1, generator=generator) < ENGLISH
+            texts = model.encode_texts(torch.where(in_english, side.english, side.texts))[order]
+            loss = one_batch_loss(torch.cat(encoded), texts, model.scale(), side.ids[order], options.backend)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            curves.loss.append(loss.item())
+            curves.scale.append(model.scale().item())
+            steps = len(curves.loss)
+            done = max(steps / options.steps, (time.perf_counter() - start) / options.seconds_limit)
+            if steps % LOOK_EVERY == 0 or steps == 1 or done >= 1:
+                pictures, names = encode(model, held_out)[:2]
+                found = retrieval(names, pictures, held_out.ids)
+                curves.steps.append(steps)
+                curves.retrieval.append(found)
+                seen = f"loss {curves.loss[-1]:.3f}  held-out R@10 {percent(found[-1])}"
+                progress.update(task, seen=seen)
+                if not console.is_terminal:
+                    console.print(f"step {steps:>3}  {seen}")
+            progress.update(task, completed=steps)
+        progress.update(task, total=len(curves.loss))
+    return curves, time.perf_counter() - start
+
+
+@torch.no_grad()
+def encode(model: TwoTower, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """Embed pictures, texts and English names as they are used: nothing dropped, nothing moved."""
+    model.eval()
+    pictures = torch.cat([model.encode_pictures(rows) for rows in side.pictures.split(MICRO_BATCH)])
+    texts, english = model.encode_texts(side.texts), model.encode_texts(side.english)
+    model.train()
+    return pictures, texts, english
+
+
+def retrieval(queries: Tensor, keys: Tensor, ids: Tensor) -> tuple[float, ...]:
+    """Return R@1, R@5, R@10: the share of queries whose own key is among the nearest 1, 5, 10 of all keys.
+
+    Keys of the query's own id do not count as rivals.
+    """
+    cosines = queries @ keys.T
+    rivals = (cosines > cosines.diagonal()[:, None]) & (ids[:, None] != ids[None, :])
+    rank = rivals.sum(1)
+    return tuple((rank < most).float().mean().item() for most in RANKS)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Accuracy over the groups: one picture of each held-out base. `largest` is the share of the commonest group."""
+
+    by_prompt: float
+    by_names: float
+    groups: int
+    largest: float
+    count: int
+
+
+@torch.no_grad()
+def zero_shot(model: TwoTower, data: EmojiData, features: TextFeatures, pictures: Tensor) -> ZeroShot:
+    """Sort held-out pictures into the groups of Unicode, of which training was told nothing.
+
+    A group is known by text alone: by prompts (the mean of its own name and those of its subgroups), or by the
+    mean of the captions that training has of it.
+    """
+    one_of_base: dict[str, int] = {}
+    for place, row in enumerate(data.held_out):
+        if data.emoji[row].group:
+            one_of_base.setdefault(data.emoji[row].base, place)
+    groups = sorted({one.group for one in data.emoji if one.group})
+    places = list(one_of_base.values())
+    truth = torch.tensor([groups.index(data.emoji[data.held_out[place]].group) for place in places])
+
+    def mean_of(texts: list[str]) -> Tensor:
+        return model.encode_texts(torch.from_numpy(features(texts))).mean(0)
+
+    model.eval()
+    prompts, names = [], []
+    for group in groups:
+        subgroups = sorted({one.subgroup.replace("-", " ") for one in data.emoji if one.group == group})
+        prompts.append(mean_of([group, *subgroups]))
+        names.append(mean_of([data.emoji[row].caption for row in data.train if data.emoji[row].group == group]))
+    model.train()
+
+    def accuracy(texts: list[Tensor]) -> float:
+        cosines = pictures[places] @ torch.nn.functional.normalize(torch.stack(texts), dim=-1).T
+        return (cosines.argmax(1) == truth).float().mean().item()
+
+    largest = torch.bincount(truth).max().item() / len(truth)
+    return ZeroShot(accuracy(prompts), accuracy(names), len(groups), largest, len(places))
+
+
+def neighbours(data: EmojiData, pictures: Tensor, texts: Tensor, seed: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Draw names of held-out bases at random, each of another base, and find the pictures nearest to them."""
+    order = np.random.default_rng(seed).permutation(len(data.held_out))
+    one_of_base: dict[str, int] = {}
+    for place in order:
+        one_of_base.setdefault(data.emoji[data.held_out[place]].base, int(place))
+    places = list(one_of_base.values())[:SHOWN]
+    nearest = (texts[places] @ pictures.T).topk(NEAREST).indices.numpy()
+    hits = data.ids[data.held_out[nearest]] == data.ids[data.held_out[places]][:, None]
+    return [int(row) for row in data.held_out[places]], data.held_out[nearest], hits
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Do the job and say what came of it."""
+    start = time.perf_counter()
+    torch.manual_seed(options.seed)
+    check_that_it_trains(options.backend)
+
+    with console.status("drawing emoji"):
+        data = load_data(PICTURE_SIZE, seed=options.seed)
+        features = TextFeatures([data.emoji[row].caption for row in data.train], TEXT_WIDTH)
+        side, held_out = side_of(data, features, data.train), side_of(data, features, data.held_out)
+    bases = len({data.emoji[row].base for row in data.held_out})
+    count, tested = len(data.train), len(data.held_out)
+    console.print(
+        f"{len(data.emoji):,} emoji: {count:,} trained on as one batch, {tested} of {bases} other bases held out"
+    )
+    console.print(ATTRIBUTION, style="dim")
+
+    model = TwoTower(TEXT_WIDTH, DIM)
+    curves, seconds = train(model, side, held_out, options, console)
+    steps = len(curves.loss)
+    console.print(f"{steps} steps of {count:,} pairs in {seconds:.0f} s, scale {curves.scale[-1]:.1f}\n")
+
+    pictures, names, english = encode(model, held_out)
+    found = {
+        "picture to name": retrieval(pictures, names, held_out.ids),
+        "name to picture": retrieval(names, pictures, held_out.ids),
+        "the same, English only": retrieval(english, pictures, held_out.ids),
+    }
+    console.print(
+        retrieval_table(f"Held-out retrieval among {tested} emoji of {bases} bases never seen", found, tested)
+    )
+    groups = zero_shot(model, data, features, pictures)
+    accuracies = {
+        "the names of its training emoji": groups.by_names,
+        "its own name and its subgroups'": groups.by_prompt,
+        f"chance, 1 of {groups.groups}": 1 / groups.groups,
+        "chance, always the largest": groups.largest,
+    }
+    title = f"Zero-shot accuracy on {groups.count} bases never seen"
+    console.print(accuracy_table(title, accuracies))
+
+    comparisons = compare_losses(model, side, curves.scale[-1], options.backend, console)
+    written = options.output
+    written.mkdir(parents=True, exist_ok=True)
+    with console.status("pictures"):
+        draw_curves(written / "learning_curves.png", curves, math.log(count), comparisons, tested)
+        shown = neighbours(data, pictures, names, options.seed)
+        draw_neighbours(written / "neighbours.png", data.emoji, *shown)
+    taken = time.perf_counter() - start
+    report = {
+        "backend": options.backend or "torch",
+        "steps": steps,
+        "training_seconds": seconds,
+        "seconds": taken,
+        "retrieval": {name: dict(zip((f"R@{rank}" for rank in RANKS), shares)) for name, shares in found.items()},
+        "zero_shot": vars(groups),
+        "loss": {name: plain(comparison) for name, comparison in comparisons.items()},
+    }
+    (written / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for name in ("learning_curves.png", "neighbours.png", "demo.json"):
+        console.print(str(written / name), highlight=False)
+    console.print(f"{duration(taken)} in all")
+
+
+def compare_losses(
+    model: TwoTower, side: Side, scale: float, backend: str | None, console: Console
+) -> dict[str, Comparison]:
+    """Measure nibs beside dense on what was trained on, and on the icons; print both."""
+    found = {}
+    with console.status("the loss, nibs and dense, on the trained embeddings"):
+        pictures, texts, _ = encode(model, side)
+        found["emoji"] = one = compare(pictures.numpy(), texts.numpy(), scale, backend)
+    console.print(comparison_table(f"The loss on {one.n:,} emoji, d = {one.dim}", one))
+    with console.status("drawing icons"):
+        icons = icon_embeddings()
+    with console.status("the loss, nibs and dense, on the icons"):
+        found["icons"] = one = compare(*icons, ICON_SCALE, backend, DENSE_SECONDS)
+    title = f"The loss on {one.n:,} icons and names, d = {one.dim}: {one.matrix_bytes / 1e9:.1f} GB a dense matrix"
+    console.print(comparison_table(title, one))
+    return found
+
+
+def plain(comparison: Comparison) -> dict[str, object]:
+    """Name the figures of a comparison for the JSON file."""
+    row: dict[str, object] = {"n": comparison.n, "dim": comparison.dim, "disagreement": comparison.disagreement()}
+    for name, one in (("nibs", comparison.nibs), ("dense", comparison.dense)):
+        row[name] = (
+            comparison.skipped
+            if one is None
+            else {"loss": one.loss, "seconds_per_step": one.seconds, "peak_bytes": one.peak}
+        )
+    return row
+
+
+def main() -> int:
+    """Read the options and run; an error of nibs is shown as it is, and nothing else is caught."""
+    parser = argparse.ArgumentParser(description="Train an image-text model on emoji through nibs.")
+    parser.add_argument("--backend", help="of nibs, any that trains (default: torch, the owner of the tensors)")
+    parser.add_argument("--steps", type=int, default=100, help="one step is the whole training set (default: 100)")
+    parser.add_argument(
+        "--seconds-limit", type=float, default=70.0, help="of training; fewer steps if slow (default: 70)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the pictures (default: out)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.steps < 1 or options.seconds_limit <= 0:
+        parser.error("--steps and --seconds-limit must be above zero")
+    try:
+        run(options, Console())
+    except nibs.errors.NibsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
