@@ -1,0 +1,111 @@
+"""Every check of this repository, and its main job, as nox sessions that a fresh machine can run.
+
+    nox                             all checks that need no GPU
+    nox -s demo                     the main job: a real contrastive training
+    nox -s "conformance(torch)"     the suite against one backend; reports in reports/torch/
+    nox -s "conformance(jax)" -- --nibs-dtypes float64,float32,bfloat16,float16
+                                    the whole of it, where a backend's pyproject.toml settles for a sample
+    nox -s tests -- -k registry     what follows `--` goes to pytest, or to the demo
+
+Each session installs all that it needs, from constraints.txt; none relies on another, nor on what the
+caller's shell has set. Refused here: a list of backends to keep up. A folder backends/nibs-NAME is enough
+to be built and tested.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+# uv makes an environment with torch in seconds; where it cannot be had, virtualenv does the same slowly.
+nox.options.default_venv_backend = "uv|virtualenv"
+# A second run starts at once. Installing again is nearly free and keeps it in step with the pins.
+nox.options.reuse_venv = "yes"
+# The quick ones first. The demo is not a check, and is asked for by name.
+nox.options.sessions = ["lint", "types", "build", "conformance", "tests"]
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+BACKENDS = sorted(folder.parent.name.removeprefix("nibs-") for folder in ROOT.glob("backends/nibs-*/pyproject.toml"))
+DISTRIBUTIONS = [".", *(f"backends/nibs-{name}" for name in BACKENDS), "conformance"]
+
+# pip is told by PIP_FIND_LINKS of a folder of ready wheels; uv reads another name, and fails where the
+# folder is missing.
+WHEEL_FOLDERS = [place for place in os.environ.get("PIP_FIND_LINKS", "").split() if Path(place).is_dir()]
+if WHEEL_FOLDERS:
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(WHEEL_FOLDERS))
+# The pins hold for what builds the distributions as well.
+for variable in ("UV_BUILD_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
+    os.environ[variable] = str(ROOT / "constraints.txt")
+# What a shell has set must not change what is checked: modules from elsewhere, another backend, more plugins.
+for variable in ("PYTHONPATH", "NIBS_BACKEND", "NIBS_PLUGINS", "PYTEST_ADDOPTS"):
+    os.environ.pop(variable, None)
+
+
+def install(session: nox.Session, *requirements: str, editable: list[str] | None = None) -> None:
+    """Install under the pins; `editable` names folders of this repository."""
+    folders = [argument for folder in editable or [] for argument in ("-e", folder)]
+    session.install("-c", "constraints.txt", *folders, *requirements)
+
+
+def group(name: str) -> list[str]:
+    """Name the requirements of a dependency group in pyproject.toml."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train an image-text model on emoji through nibs, beside the dense loss."""
+    install(
+        session, "-r", "examples/requirements.txt", editable=[".[cli]", "backends/nibs-numpy", "backends/nibs-torch"]
+    )
+    # Its fonts are wanted, not the Qt that it draws with.
+    install(session, "--no-deps", "qtawesome")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    install(session, *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the core and the suite, strictly."""
+    install(session, *group("types"), editable=[".", "conformance"])
+    session.run("mypy")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the source distribution and the wheel of each distribution, into dist/."""
+    install(session, *group("build"))
+    for folder in DISTRIBUTIONS:
+        # Not isolated, so that the pins hold and nothing is fetched twice. The wheel is built from the
+        # source distribution, which proves that the latter is whole.
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", "dist", folder, silent=True)
+
+
+@nox.session
+@nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
+def conformance(session: nox.Session, backend: str) -> None:
+    """Run the suite against one backend, with nothing installed but what a vendor has."""
+    install(session, editable=[".", f"backends/nibs-{backend}", "conformance"])
+    settings = nox.project.load_toml(ROOT / f"backends/nibs-{backend}" / "pyproject.toml").get("tool", {})
+    sample = settings.get("nibs", {}).get("conformance-sample", [])
+    suite = ("python", "-m", "pytest", "--pyargs", "nibs_conformance")
+    session.run(*suite, "--nibs-backend", backend, "--nibs-report", f"reports/{backend}", *(session.posargs or sample))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the core's own tests, the suite's own, packaging, guests, and each backend's own."""
+    install(session, *group("tests"), editable=[".[cli]", *DISTRIBUTIONS[1:]])
+    # Wide enough for the slowest test on a slow machine; a hang ends there and says where.
+    session.run("python", "-m", "pytest", "--timeout=300", *session.posargs)
