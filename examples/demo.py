@@ -14,18 +14,18 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from compare import Comparison, compare
 from emoji_data import ATTRIBUTION, EmojiData, TextFeatures, load_data
+from emoji_task import DIM, ENGLISH, PICTURE_SIZE, TEXT_WIDTH, Side, emoji_loss, encode, moved, side_of, zero_shot
+from evaluate import RANKS, retrieval
 from icon_data import icon_embeddings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from show import (
-    RANKS,
     Curves,
     accuracy_table,
     comparison_table,
@@ -40,13 +40,8 @@ from two_tower import TwoTower, parameter_groups
 
 import nibs
 
-PICTURE_SIZE = 32
-TEXT_WIDTH = 2048
-DIM = 128
 RATE = 3e-3
 WARM_UP = 0.1  # share of training in which the rate grows
-ENGLISH = 0.5  # share of texts that are the English name alone, and not the names in all languages
-SHIFT = 2  # pixels by which a picture may move
 MICRO_BATCH = 400  # pictures encoded at once: their tensors stay near the processor, and they move together
 LOOK_EVERY = 10  # steps between two looks at the held-out set
 ICON_SCALE = 20.0
@@ -55,52 +50,13 @@ SHOWN = 20  # names in the picture of neighbours
 NEAREST = 6
 
 
-@dataclass(frozen=True)
-class Side:
-    """Training or held-out set as tensors.
-
-    pictures: `[n, 3, 32, 32]`. texts, english: `[n, TEXT_WIDTH]`, the names in all languages and the English one.
-    ids: `[n]`.
-    """
-
-    pictures: Tensor
-    texts: Tensor
-    english: Tensor
-    ids: Tensor
-
-
-def side_of(data: EmojiData, features: TextFeatures, rows: np.ndarray) -> Side:
-    """Gather the rows of one side of the split."""
-    pictures = torch.from_numpy(data.pictures[rows]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-    return Side(
-        pictures.contiguous(memory_format=torch.channels_last),
-        torch.from_numpy(features([data.emoji[row].caption for row in rows])),
-        torch.from_numpy(features([data.emoji[row].name for row in rows])),
-        torch.from_numpy(data.ids[rows]),
-    )
-
-
-def one_batch_loss(queries: Tensor, keys: Tensor, scale: Tensor, ids: Tensor, backend: str | None) -> Tensor:
-    """Compute the loss of the demo: symmetric InfoNCE, in which equal pictures are not each other's negatives."""
-    objective = nibs.InfoNCE(same_id="exclude")
-    return nibs.contrastive_loss(
-        queries, keys, scale=scale, objective=objective, query_ids=ids, key_ids=ids, backend=backend
-    )
-
-
 def check_that_it_trains(backend: str | None) -> None:
     """Try the loss on four rows, so that a backend which cannot train says so before anything is drawn."""
     rows, scale = torch.eye(4, 8).requires_grad_(), torch.tensor(10.0, requires_grad=True)
-    loss = one_batch_loss(rows, rows.detach().clone().requires_grad_(), scale, torch.arange(4), backend)
+    loss = emoji_loss(rows, rows.detach().clone().requires_grad_(), scale, torch.arange(4), backend=backend)
     if not loss.requires_grad:
         raise nibs.errors.Unsupported(f"backend {backend!r} returns a loss without gradients: nothing can be trained.")
     loss.backward()
-
-
-def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift all pictures alike, by up to SHIFT pixels each way; their borders are white."""
-    down, right = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
-    return torch.roll(pictures, (down, right), (2, 3))
 
 
 def train(
@@ -133,7 +89,7 @@ def train(
             encoded = [model.encode_pictures(moved(side.pictures[r], generator)) for r in order.split(MICRO_BATCH)]
             in_english = torch.rand(len(order), 1, generator=generator) < ENGLISH
             texts = model.encode_texts(torch.where(in_english, side.english, side.texts))[order]
-            loss = one_batch_loss(torch.cat(encoded), texts, model.scale(), side.ids[order], options.backend)
+            loss = emoji_loss(torch.cat(encoded), texts, model.scale(), side.ids[order], backend=options.backend)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -154,72 +110,6 @@ def train(
             progress.update(task, completed=steps)
         progress.update(task, total=len(curves.loss))
     return curves, time.perf_counter() - start
-
-
-@torch.no_grad()
-def encode(model: TwoTower, side: Side) -> tuple[Tensor, Tensor, Tensor]:
-    """Embed pictures, texts and English names as they are used: nothing dropped, nothing moved."""
-    model.eval()
-    pictures = torch.cat([model.encode_pictures(rows) for rows in side.pictures.split(MICRO_BATCH)])
-    texts, english = model.encode_texts(side.texts), model.encode_texts(side.english)
-    model.train()
-    return pictures, texts, english
-
-
-def retrieval(queries: Tensor, keys: Tensor, ids: Tensor) -> tuple[float, ...]:
-    """Return R@1, R@5, R@10: the share of queries whose own key is among the nearest 1, 5, 10 of all keys.
-
-    Keys of the query's own id do not count as rivals.
-    """
-    cosines = queries @ keys.T
-    rivals = (cosines > cosines.diagonal()[:, None]) & (ids[:, None] != ids[None, :])
-    rank = rivals.sum(1)
-    return tuple((rank < most).float().mean().item() for most in RANKS)
-
-
-@dataclass(frozen=True)
-class ZeroShot:
-    """Accuracy over the groups: one picture of each held-out base. `largest` is the share of the commonest group."""
-
-    by_prompt: float
-    by_names: float
-    groups: int
-    largest: float
-    count: int
-
-
-@torch.no_grad()
-def zero_shot(model: TwoTower, data: EmojiData, features: TextFeatures, pictures: Tensor) -> ZeroShot:
-    """Sort held-out pictures into the groups of Unicode, of which training was told nothing.
-
-    A group is known by text alone: by prompts (the mean of its own name and those of its subgroups), or by the
-    mean of the captions that training has of it.
-    """
-    one_of_base: dict[str, int] = {}
-    for place, row in enumerate(data.held_out):
-        if data.emoji[row].group:
-            one_of_base.setdefault(data.emoji[row].base, place)
-    groups = sorted({one.group for one in data.emoji if one.group})
-    places = list(one_of_base.values())
-    truth = torch.tensor([groups.index(data.emoji[data.held_out[place]].group) for place in places])
-
-    def mean_of(texts: list[str]) -> Tensor:
-        return model.encode_texts(torch.from_numpy(features(texts))).mean(0)
-
-    model.eval()
-    prompts, names = [], []
-    for group in groups:
-        subgroups = sorted({one.subgroup.replace("-", " ") for one in data.emoji if one.group == group})
-        prompts.append(mean_of([group, *subgroups]))
-        names.append(mean_of([data.emoji[row].caption for row in data.train if data.emoji[row].group == group]))
-    model.train()
-
-    def accuracy(texts: list[Tensor]) -> float:
-        cosines = pictures[places] @ torch.nn.functional.normalize(torch.stack(texts), dim=-1).T
-        return (cosines.argmax(1) == truth).float().mean().item()
-
-    largest = torch.bincount(truth).max().item() / len(truth)
-    return ZeroShot(accuracy(prompts), accuracy(names), len(groups), largest, len(places))
 
 
 def neighbours(data: EmojiData, pictures: Tensor, texts: Tensor, seed: int) -> tuple[list[int], np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # a file is drawn, with or without a screen
 
 import matplotlib.pyplot as plt
 from emoji_data import ATTRIBUTION, render
+from evaluate import RANKS
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from emoji_data import Emoji
     from matplotlib.axes import Axes
 
-RANKS = (1, 5, 10)
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9772b", "#8a8f98", "#2f9e57"
 PICTURE_SIZE = 72
 plt.rcParams.update(

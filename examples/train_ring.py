@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from demo import DIM, PICTURE_SIZE, RATE, TEXT_WIDTH, encode, retrieval, side_of
+from demo import RATE
 from emoji_data import ATTRIBUTION, TextFeatures, load_data
+from emoji_task import DIM, PICTURE_SIZE, TEXT_WIDTH, encode, side_of
+from evaluate import retrieval
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from two_tower import TwoTower, parameter_groups
