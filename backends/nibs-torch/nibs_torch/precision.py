@@ -1,61 +1,131 @@
-"""Matrix products in the precision that a call asks for, whatever the framework is set to.
+"""Matrix products in the precision that a call asks for, whatever the framework is set to, by the fastest kernels.
 
-    "default"   as the framework is set: nothing is touched
+    "default"   as the framework is set
     "high"      TF32 class: 10 bits of mantissa or more into each product, where the device has such products
     "highest"   IEEE float32
 
-PyTorch keeps this in flags of the whole process. They are set under a lock, for the one product that is being
-computed (on a GPU: launched), and put back at once; where a flag stands right already, nothing is locked. Another
-thread's products may see it meanwhile, and get more or less precision than they asked for, but no wrong numbers.
+PyTorch keeps this in flags of the whole process. They are set for the one product that is being computed (on a GPU:
+launched), and put back after it; threads that want the same flag at once share it, and others wait. Where a flag
+stands right already, nothing is touched. Another thread's products may see it meanwhile, and get more or less
+precision than they asked for, but no wrong numbers.
+
+On a CPU the flag also says whose kernels run. PyTorch gives float32 products to MKL, which goes by the maker of the
+processor: on an AMD EPYC with AVX-512 it reaches half of what oneDNN does. `fp32_precision = "bf16"` allows oneDNN
+bfloat16 products, and with that its kernels; it takes bfloat16 only where the processor has tiles for it (AMX).
+On any other it computes in float32, to the last bit of IEEE (`_one_dnn_is_exact` looks), so that there the flag costs
+nothing and nobody else's products change by more than their order of summation.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 __all__ = ["products"]
 
-_lock = threading.RLock()
+LARGE = 1 << 23
+"""Flops of a product from which oneDNN's kernels, which are set up anew for each, are worth their start."""
+
 _NOTHING = nullcontext()
 
 
-def products(precision: str, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """A context for one matrix product of `dtype` on `device`."""
-    if precision == "default" or dtype != torch.float32:
-        return _NOTHING
-    flag = _flag(device.type, precision == "high")
-    if flag is None or getattr(*flag[:2]) == flag[2]:
-        return _NOTHING
-    return _set(*flag)
+class _Lent:
+    """One flag of the process: `with` sets it for as long as anybody who wants this value needs it."""
+
+    def __init__(self, holder: Any, name: str) -> None:
+        self.holder, self.name = holder, name
+        self.free = threading.Condition()
+        self.users, self.value, self.before = 0, None, None
+
+    def to(self, value: Any) -> AbstractContextManager[Any]:
+        return _NOTHING if getattr(self.holder, self.name) == value and not self.users else _Loan(self, value)
 
 
-def _flag(device: str, fast: bool) -> tuple[Any, str, Any] | None:
-    """Where PyTorch keeps the flag of a kind of device, and what it should be; None where there is none."""
-    holder = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul if _mkldnn() else None
-    if holder is None or device not in ("cpu", "cuda", "xpu"):
+class _Loan:
+    """One use of a lent flag."""
+
+    def __init__(self, lent: _Lent, value: Any) -> None:
+        self.lent, self.value = lent, value
+
+    def __enter__(self) -> None:
+        lent = self.lent
+        with lent.free:
+            lent.free.wait_for(lambda: not lent.users or lent.value == self.value)
+            if not lent.users:
+                lent.before, lent.value = getattr(lent.holder, lent.name), self.value
+                setattr(lent.holder, lent.name, self.value)
+            lent.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        lent = self.lent
+        with lent.free:
+            lent.users -= 1
+            if not lent.users:
+                setattr(lent.holder, lent.name, lent.before)
+                lent.free.notify_all()
+
+
+def products(precision: str, dtype: torch.dtype, device: torch.device, flops: int = 0) -> AbstractContextManager[Any]:
+    """A context for one matrix product of `dtype` on `device`, of so many flops."""
+    if dtype != torch.float32:
+        return _NOTHING
+    if device.type == "cpu" and precision != "high" and flops >= LARGE:
+        lent = _flag("cpu")
+        if lent is not None and _one_dnn_is_exact() and (precision == "highest" or _is_ieee(lent)):
+            return lent.to("bf16")
+    if precision == "default":
+        return _NOTHING
+    lent = _flag(device.type)
+    if lent is None:
+        return _NOTHING
+    fast = precision == "high"
+    return lent.to(fast if lent.name == "allow_tf32" else "tf32" if fast else "ieee")
+
+
+@lru_cache
+def _flag(device: str) -> _Lent | None:
+    """The flag of a kind of device; None where there is none."""
+    if device == "cuda":
+        holder: Any = torch.backends.cuda.matmul
+    elif device in ("cpu", "xpu"):
+        holder = getattr(torch.backends.mkldnn, "matmul", None)
+    else:
         return None
     if hasattr(holder, "fp32_precision"):
-        return holder, "fp32_precision", "tf32" if fast else "ieee"
-    if device == "cuda":  # before 2.9
-        return holder, "allow_tf32", fast
-    return None
+        return _Lent(holder, "fp32_precision")
+    return _Lent(holder, "allow_tf32") if device == "cuda" else None  # before 2.9
 
 
-def _mkldnn() -> bool:
-    return hasattr(torch.backends.mkldnn, "matmul")
+def _is_ieee(lent: _Lent) -> bool:
+    """Whether the framework is set to float32 products, and not to coarser ones, which its user may have allowed."""
+    set_to = lent.before if lent.users else getattr(lent.holder, lent.name)
+    return set_to in ("none", "ieee")
 
 
-@contextmanager
-def _set(holder: Any, name: str, value: Any) -> Iterator[None]:
-    with _lock:
-        before = getattr(holder, name)
-        setattr(holder, name, value)
-        try:
-            yield
-        finally:
-            setattr(holder, name, before)
+@lru_cache
+def _one_dnn_is_exact() -> bool:
+    """Whether the flag that opens oneDNN's kernels leaves products in float32 here; the same in every call.
+
+    Looked up, then looked at: products of numbers that bfloat16 cannot hold, in each layout that tiles use.
+    """
+    cpu = torch.cpu
+    has_tiles = getattr(cpu, "_is_amx_tile_supported", lambda: True)()
+    if has_tiles or not getattr(cpu, "_is_avx512_supported", lambda: False)():
+        return False
+    lent = _flag("cpu")
+    if lent is None or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, columns in ((64, 64, 64), (256, 512, 384), (384, 256, 128)):
+        one, other = (torch.rand(size, generator=generator) + 1 for size in ((rows, width), (columns, width)))
+        exact = one.double() @ other.double().T
+        for left, right in ((one, other.T), (one.T.contiguous().T, other.T.contiguous()), (one, other.T.contiguous())):
+            with lent.to("bf16"):
+                found = torch.addmm(torch.zeros(rows, columns), left, right)
+            if not bool(((found - exact).abs() <= 1e-5 * exact).all()):  # bfloat16 would be off by 1e-4 here
+                return False
+    return True

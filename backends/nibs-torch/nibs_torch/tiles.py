@@ -137,7 +137,8 @@ class TorchTiles:
                 product = product + self.total(raw.mul_(weights).sum(1))
             elif weights is not raw:
                 raw.copy_(weights)
-        with products(problem.precision, self.accumulator, self.device):
+        size = 2 * logits.numel() * tile.keys.shape[1]
+        with products(problem.precision, self.accumulator, self.device, size):
             if into is not None:
                 into.addmm_(logits, tile.keys)
             if onto is not None:
@@ -259,7 +260,8 @@ class TorchTiles:
         """`[r, c]`: products, times the scale where it is folded in."""
         shape = (tile.queries.shape[0], tile.keys.shape[0])
         out = self._fresh(shape) if keep else self._buffer("tile", shape)
-        with products(problem.precision, self.accumulator, self.device):
+        size = 2 * shape[0] * shape[1] * tile.keys.shape[1]
+        with products(problem.precision, self.accumulator, self.device, size):
             torch.mm(tile.scaled, tile.keys.T, out=out)
         if tile.exact is not None and tile.designated is not None:
             out[tile.designated] = tile.exact
