@@ -10,9 +10,9 @@ A batch above `--micro-batch` goes through `nibs_torch.DecoupledStep`: the same 
 memory of a micro-batch. Under torchrun every process encodes its share, the loss is that of all, and DDP averages.
 
 A run writes into `--output`: log.jsonl (one line a step), result.json (what it was worth, and what ran), and
-checkpoint.pt every `--checkpoint-every` steps. `--resume` goes on from there as if it had never stopped, to the bit:
-whatever is random in a step is drawn from the seed and the step's number, and nothing else. Data and packages:
-examples/README.md.
+checkpoint.pt, at the end and every `--checkpoint-every` steps. `--resume` goes on from there as if it had never
+stopped, to the bit: whatever is random in a step is drawn from the seed and the step's number, and nothing else. Data
+and packages: examples/README.md.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Seen:
     mean_positive: float
     mean_negative: float
     hardest_negative: float
+    mean_lse: float
     seconds: float
 
 
@@ -93,7 +94,11 @@ class Trainer:
             import nibs_torch
 
             self.decoupled_step = nibs_torch.DecoupledStep(
-                self.query_encoder, self.key_encoder, loss=self.loss, micro_batch=options.micro_batch
+                self.query_encoder,
+                self.key_encoder,
+                loss=self.loss,
+                micro_batch=options.micro_batch,
+                ring=self.fixed.get("ring"),
             )
 
     def loss(self, queries: Tensor, keys: Tensor, scale: Any = 1.0, bias: Any = None) -> Tensor:
@@ -136,6 +141,7 @@ class Trainer:
             self.stats.mean_positive,
             self.stats.mean_negative,
             self.stats.hardest_negative,
+            self.stats.mean_lse,
             time.perf_counter() - start,
         )
 
@@ -198,17 +204,18 @@ def run(options: argparse.Namespace, group: Any = None) -> dict[str, Any]:
         how = f"in micro-batches of {options.micro_batch}" if trainer.decoupled else "held whole"
         shares = f" over {trainer.size} processes" if trainer.size > 1 else ""
         print(f"{task.pairs:,} pairs, {trainer.steps} steps of {trainer.batch:,}{shares}, {how}", flush=True)
-    while trainer.done < min(trainer.steps, options.stop_after or trainer.steps):
+    end = min(trainer.steps, options.stop_after or trainer.steps)
+    while trainer.done < end:
         one = trainer.step()
         seen.append(asdict(one))
         if not first:
             continue
         with log.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(seen[-1]) + "\n")
-        last = one.step == trainer.steps
+        last = one.step == end
         if one.step == 1 or last or one.step % max(1, trainer.steps // 20) == 0:
             print(f"step {one.step:>4}  loss {one.loss:.4f}  scale {one.scale:.1f}  top-1 {one.top1:.1%}", flush=True)
-        if options.checkpoint_every and (one.step % options.checkpoint_every == 0 or last):
+        if last or (options.checkpoint_every and one.step % options.checkpoint_every == 0):
             trainer.save(checkpoint)
     result = {
         "data": options.data,
@@ -269,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--backend", help="of nibs, any that trains (default: the owner of the tensors)")
     words.add_argument("--seed", type=int, default=0, help="of parameters, order, dropout and views (default: 0)")
     words.add_argument("--output", type=Path, default=Path("out/train"), help="folder (default: out/train)")
-    words.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: never (default)")
+    words.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: at the end alone (default)")
     words.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     words.add_argument("--stop-after", type=int, help="end at this step without judging; the rate is that of all steps")
     words.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for a process (default: 120)")
