@@ -1,0 +1,87 @@
+// Gradient weights, written once in the dtype of the inputs, for the two products that follow: Ampere and later, mma.sync.
+//
+//     nibs_ampere_weights_FORMAT     g of InfoNCE, from recomputed logits and the lse of rows and columns
+//     nibs_ampere_sigmoid_FORMAT     g of the sigmoid loss, and the loss, in one pass
+//
+// One thread block a tile of 128 x 128. g [rows, pitch] is rounded to the inputs' dtype after the targets have been
+// subtracted (p - y near 0 would not survive the other order); float16 is stored times `lift`, a power of two, because
+// weights around 1 / 65,536 are where float16 ends. Whoever multiplies undoes it in float32.
+//
+// Cost for r x c pairs of width d: 2 r c d flops, r c exponentials (2 r c where the tile's lse values lie far apart);
+// written r c elements of g. The plain twins are `plain_weights` and `plain_sigmoid` in ../plain.py.
+#include "ampere.cuh"
+
+namespace nibs {
+
+struct WeightsArgs {
+    const u8* queries;
+    const u8* keys;
+    i64 slabs;
+    const float* scale;
+    Pairs pairs;
+    Side of_rows, of_columns;
+    Output out;
+};
+
+// bias: one float. factor [rows], or null: 1. loss_part, weight_part: see tile.cuh. g null: only the loss.
+struct SigmoidArgs {
+    const u8* queries;
+    const u8* keys;
+    i64 slabs;
+    const float* scale;
+    const float* bias;
+    Pairs pairs;
+    const float* factor;
+    float* loss_part;
+    float* weight_part;
+    float* positive;
+    Output out;
+};
+
+template <class Format>
+NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
+    typedef AmpereTile<Format, 4, 4, 2, 4> Tile;
+    const typename Tile::Where place = Tile::place(args.pairs);
+    float s[64];
+    Tile::products(s, shared, args.queries, args.keys, args.slabs, place);
+    const float scale = *args.scale * LOG2E;
+    NIBS_UNROLL
+    for (int i = 0; i < 64; i++) s[i] *= scale;
+    leave_out(s, args.pairs, place);
+    gradient(s, args.pairs, args.of_rows, args.of_columns, *args.out.lift, place, reinterpret_cast<float*>(shared));
+    store<Format>(s, args.pairs, args.out, place);
+}
+
+template <class Format>
+NIBS_DEVICE void sigmoid_tile(const SigmoidArgs& args, u8* shared) {
+    typedef AmpereTile<Format, 4, 4, 2, 4> Tile;
+    const typename Tile::Where place = Tile::place(args.pairs);
+    float s[64];
+    Tile::products(s, shared, args.queries, args.keys, args.slabs, place);
+    const float scale = *args.scale, bias = *args.bias;
+    NIBS_UNROLL
+    for (int i = 0; i < 64; i++) s[i] = fmaf(s[i], scale, bias);
+    leave_out(s, args.pairs, place);
+    each_designated(s, args.pairs, place, [&](float& value, int, int, i64 i, i64) { args.positive[i] = value; });
+    sigmoid(s, args.pairs, args.factor, args.out.g ? *args.out.lift : 1.0f, args.loss_part, args.weight_part, place, reinterpret_cast<float*>(shared));
+    if (args.out.g) store<Format>(s, args.pairs, args.out, place);
+}
+
+}  // namespace nibs
+
+using namespace nibs;
+
+#define NIBS_WEIGHTS(format, Format)                                      \
+    NIBS_KERNEL(nibs_ampere_weights_##format, WeightsArgs, THREADS) {     \
+        NIBS_SHARED_DYNAMIC(u8, shared);                                  \
+        weights<Format>(args, shared);                                    \
+    }                                                                     \
+    NIBS_KERNEL(nibs_ampere_sigmoid_##format, SigmoidArgs, THREADS) {     \
+        NIBS_SHARED_DYNAMIC(u8, shared);                                  \
+        sigmoid_tile<Format>(args, shared);                               \
+    }
+
+NIBS_WEIGHTS(bfloat16, Bfloat16)
+NIBS_WEIGHTS(float16, Float16)
+NIBS_WEIGHTS(tf32, Tf32)
+NIBS_WEIGHTS(tf32x3, Tf32Thrice)
