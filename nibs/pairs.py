@@ -70,8 +70,9 @@ class Designated:
         if self.targets is None:
             index: Any = self.tiles.indices(0, self.n)
         else:
-            has = self.tiles.xp.where(self.targets >= 0)[0]
-            index, values = self.targets[has], values[has]
+            # Rows that have none go to a place of their own beyond the end: to count them would wait for the device.
+            index = self.tiles.xp.where(self.targets >= 0, self.targets, self.m)
+            return self.tiles.scatter(values, index, self.m + 1, how)[: self.m]
         return self.tiles.scatter(values, index, self.m, how)
 
 

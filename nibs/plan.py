@@ -48,7 +48,8 @@ class TileHint:
     rows, columns: of the best tile. buffers: accumulator-wide tiles alive at once on the plain path;
     masked: the same where masks, ids, margins or several positives make boolean tiles. Both are upper
     bounds, also of what happens when a shared exponential underflows and the tile is redone.
-    fixed: bytes held at any size. kernel: the name of the path, shown in plans.
+    fixed: bytes held at any size. kernel: the name of the path, shown in plans. copies: whether operands
+    are copied to the accumulation dtype; fused kernels without masks read them where they are.
     """
 
     rows: int = 1024
@@ -57,6 +58,7 @@ class TileHint:
     masked: float = 4.0
     fixed: int = 0
     kernel: str = "plain"
+    copies: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,8 +329,9 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
     tiles = rows * columns * a * (hint.masked if job.masked else hint.buffers)
     # Operands: the scaled queries, always a copy; queries and keys are copies where they are cast or masked,
     # for a moment beside the masked rows in their own dtype.
-    copies = job.half or job.masked
-    operands = rows * d * a + (rows + columns) * d * a * copies + max(rows, columns) * d * b * job.masked
+    copied = hint.copies or job.masked
+    copies = copied and (job.half or job.masked)
+    operands = rows * d * a * copied + (rows + columns) * d * a * copies + max(rows, columns) * d * b * job.masked
     if gradients:
         # A tile's share of a gradient before it is added, or a strip times its operand for the scale's gradient.
         operands += max(rows, columns) * d * a * (1 + copies)

@@ -113,6 +113,7 @@ class Call:
         self, request: Request, tiles: Tiles, plan: Plan, ring: Ring | None = None, *, hold: bool = False
     ) -> None:
         self.request, self.tiles, self.plan = request, tiles, plan
+        self.fused = getattr(tiles, "fused", False)
         self.ring: Ring = ring if ring is not None else Solo()
         self.rounds_scalars = not hold
         self.rounds = not hold and tiles.rounds(request.dtype)
@@ -133,7 +134,7 @@ class Call:
             rows=softmax.rows if softmax else True,
             columns=softmax.columns if softmax else False,
             scale=self.scale,
-            fold=margin is None and not scale_alone,
+            fold=margin is None and not scale_alone and not self.fused,
             bias=None if softmax else self.bias,
             multi=objective.same_id == "positive",
             exclude=objective.same_id == "exclude",
@@ -142,7 +143,7 @@ class Call:
             sums=self.smoothing > 0 or request.stats,
             stats=request.stats,
             precision=request.precision,
-            total_product=scale_alone,
+            total_product=scale_alone or (self.fused and request.wants("scale")),
             total_weight=softmax is None and request.wants("bias"),
         )
         self.keys = Keys(request.keys, request.key_ids, request.key_mask)
@@ -214,6 +215,9 @@ class Call:
         request, tiles = self.request, self.tiles
         vectors = []
         for rows, mask in ((request.queries, request.query_mask), (request.keys, request.key_mask)):
+            if self.fused:
+                vectors.append(tiles.poison(rows, mask))  # type: ignore[attr-defined]
+                continue
             poison = tiles.zeros(rows.shape[0])
             for where in strips(rows.shape[0], self.plan.query_tile):
                 poison[where] = self._rows(rows, mask, where).sum(1)
@@ -255,21 +259,28 @@ class Call:
     def _rows(self, rows: Any, mask: Any, where: slice) -> Any:
         return self.tiles.operand(rows[where], None if mask is None else mask[where])
 
+    def _operand(self, rows: Any, mask: Any, where: slice) -> Any:
+        if not self.fused:
+            return self._rows(rows, mask, where)
+        return self.tiles.fused_operand(rows[where], None if mask is None else mask[where])  # type: ignore[attr-defined]
+
     def _tile(self, i: slice, keys: Keys, j: slice, home: bool) -> Tile:
         """The tile of query rows `i` and key rows `j`; the last operands are kept at hand."""
         request, held, problem = self.request, self._held, self.problem
         if held.get("i") != i:
             held.update(queries=None, scaled=None)  # the last operands go before the next ones come
-            queries = self._rows(request.queries, request.query_mask, i)
+            queries = self._operand(request.queries, request.query_mask, i)
             held.update(i=i, queries=queries, scaled=queries * self.scale if problem.fold else queries)
         if held.get("j") != j or held.get("of") is not keys:
             held.update(keys=None)
-            held.update(j=j, of=keys, keys=self._rows(keys.rows, keys.mask, j))
+            held.update(j=j, of=keys, keys=self._operand(keys.rows, keys.mask, j))
         tile = Tile(held["queries"], held["scaled"], held["keys"], i.start, j.start, home)
         tile.query_mask = None if request.query_mask is None else request.query_mask[i]
         tile.key_mask = None if keys.mask is None else keys.mask[j]
         if keys.ids is not None:
             tile.query_ids, tile.key_ids = request.query_ids[i], keys.ids[j]
+        if self.fused:
+            return self._fused_tile(tile, i, keys, j, home)
         if home and problem.exclude_self:
             tile.row_index = self.tiles.indices(i.start, i.stop)
             tile.column_index = self.tiles.indices(j.start, j.stop)
@@ -280,6 +291,19 @@ class Call:
             if tile.designated is not None:
                 tile.exact = self.exact[i][tile.designated[0]]
         if problem.multi and problem.columns:
+            tile.anchor_weights = self.anchor_weight[i]
+        return tile
+
+    def _fused_tile(self, tile: Tile, i: slice, keys: Keys, j: slice, home: bool) -> Tile:
+        """The rest of a tile for fused kernels: vectors as they are, so that nothing waits for the device."""
+        problem = self.problem
+        if home and self.designated is not None:
+            targets = self.designated.targets
+            tile.targets, tile.diagonal = None if targets is None else targets[i], targets is None
+        if problem.margin is not None:
+            tile.query_limit, tile.key_limit = self.query_limit[i], keys.limit[j]
+            tile.exact = self.exact[i] if home else None
+        if not problem.softmax or (problem.multi and problem.columns):
             tile.anchor_weights = self.anchor_weight[i]
         return tile
 
@@ -508,14 +532,14 @@ class Call:
         request = self.request
         early = self.rounds and self.factor is not None and self.ring.size == 1
         split = self.plan.sweep == "split"
+        scale = request.wants("scale") and not self.problem.total_product
         queries = keys = None
         if self.embeddings[0]:
             outer = split or not self.by_columns
-            product = request.wants("scale")
-            queries = Sink(self, request.queries, request.query_mask, strips=early and outer, product=product)
+            queries = Sink(self, request.queries, request.query_mask, strips=early and outer, product=scale)
         if self.embeddings[1]:
             outer = split or self.by_columns
-            product = request.wants("scale") and queries is None
+            product = scale and queries is None
             travels = self.ring.size > 1
             keys = Sink(self, request.keys, request.key_mask, strips=early and outer, product=product, travels=travels)
         return queries, keys
@@ -624,7 +648,7 @@ class Call:
         gather = None if into is None else into.at(i)
         spread = None if onto is None else onto.at(j)
         product, weight = self.tiles.tile_grad(tile, self.problem, rows, columns, kept, gather, spread)
-        if product is not None:
+        if product is not None and count:
             self.product = self.product + product
         if weight is not None and count:
             self.weight = self.weight + weight

@@ -55,6 +55,10 @@ class Tile:
     `exclude_self` asks for them. designated: `(rows, columns)` indices into the tile, or None.
     exact: the products of those pairs where a margin had them computed first. query_limit `[r]`,
     key_limit `[c]`: similarity above which a negative is dropped. anchor_weights `[r]`.
+
+    Fused tiles get what a kernel can use, and nothing that must be counted first: rows as `fused_operand`
+    left them; in the place of `designated`, targets `[r]` (the key of each row in its shard, -1 for
+    none) or diagonal; exact `[r]`; anchor_weights for Sigmoid too.
     """
 
     queries: Any
@@ -74,6 +78,8 @@ class Tile:
     query_limit: Any = None
     key_limit: Any = None
     anchor_weights: Any = None
+    targets: Any = None
+    diagonal: bool = False
 
 
 @dataclass(slots=True)
@@ -139,6 +145,13 @@ class Tiles(Protocol):
 
     xp: its namespace, for where, log, exp, maximum, isfinite, stack. lowest: the most negative finite
     number of the accumulation dtype.
+
+    Fused kernels that decide about each pair themselves set `fused = True`, and have two methods more:
+    `fused_operand(rows, mask)`, what `operand` is to other tiles, in any form that their verbs take; and
+    `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. They get no scaled
+    queries (`problem.fold` is False), and count `sum g_ij <q_i, k_j>` for the scale's gradient in
+    `tile_grad`, from weights that were not rounded yet. Their `tile_lse` may give anything that their
+    `merge_lse` takes.
     """
 
     xp: Any
