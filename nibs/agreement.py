@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ def joining(ring: Ring) -> Iterator[None]:
             ring.die(f"rank {ring.rank} of {ring.size} raised {type(error).__name__} in the middle of a call.")
         else:
             _exchange(ring, {"invalid": f"{type(error).__name__}: {error}"[: WORDS // 8]})
+        with suppress(AttributeError):  # for whoever has a ring of their own over the same ranks
+            error.told = True  # type: ignore[attr-defined]
         raise
     finally:
         ring.owes = ring.calling = False

@@ -12,6 +12,7 @@ __all__ = [
     "InvalidInput",
     "MemoryBudget",
     "NibsError",
+    "NotRepeatable",
     "RingError",
     "UnknownBackend",
     "Unsupported",
@@ -47,6 +48,10 @@ class MemoryBudget(NibsError, MemoryError):
     def __init__(self, message: str, *, least: int = 0) -> None:  # a default, so that it can be pickled
         super().__init__(message)
         self.least = least
+
+
+class NotRepeatable(NibsError, RuntimeError):
+    """An encoder gave other embeddings when it was asked again: names it, the micro-batch, and how far they are off."""
 
 
 class RingError(NibsError, RuntimeError):

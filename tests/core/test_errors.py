@@ -27,6 +27,7 @@ NUMPY = "on cpu (numpy.ndarray)"
         (errors.Unsupported, NotImplementedError),
         (errors.InvalidInput, ValueError),
         (errors.MemoryBudget, MemoryError),
+        (errors.NotRepeatable, RuntimeError),
         (errors.RingError, RuntimeError),
     ],
 )
