@@ -18,6 +18,7 @@ strip of at least `STRIP` rows does, `split` only where an accumulator does not 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from nibs.arrays import BYTES, FLOATS, device_kind
@@ -222,7 +223,7 @@ def plan_request(
     )
     given = request.plan
     if given is None:
-        return fit(job, hint, request.memory)
+        return _remembered(job, hint, request.memory)
     sweep: Sweep | None = given.sweep if given.sweep in _sweeps(job) else None
     return fit(job, hint, None, given.query_tile, given.key_tile, sweep)
 
@@ -261,6 +262,9 @@ def fit(
         f"of which {in_units(least.linear)} are linear in the batch.",
         least=least.memory,
     )
+
+
+_remembered = lru_cache(maxsize=256)(fit)  # a training step asks for the same plan each time
 
 
 def _sweeps(job: Job) -> list[Sweep]:

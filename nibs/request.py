@@ -39,7 +39,7 @@ for _power, _letter in enumerate("KMGT", start=1):
     UNITS[f"{_letter}IB"] = 1024**_power
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """A validated call. Arrays are the owner's own; `m` and `n` are local to this rank.
 
@@ -88,6 +88,12 @@ class Request:
     def wants(self, name: str) -> bool:
         """Whether the gradient of this input is asked for."""
         return self.wrt is None or name in self.wrt
+
+    def but(self, changes: dict[str, Any]) -> Request:
+        """The same request with other values in these fields: `dataclasses.replace`, at a tenth of its time."""
+        other = object.__new__(Request)
+        other.__dict__.update(self.__dict__, **changes)
+        return other
 
 
 def make_request(
@@ -297,8 +303,9 @@ def _matrix(name: str, value: Any) -> tuple[int, int]:
 
 def _plain(name: str, value: Any) -> None:
     """Refuse arrays that are more than their values: the rest would be passed over in silence."""
-    kinds = class_names(value)
-    if any(kind.endswith(".DTensor") for kind in kinds):
+    kind = type(value)
+    masked, sharded = TRAITS.get(kind) or _traits(kind)
+    if sharded:
         raise InvalidInput(
             f"{name} is a DTensor: pass what this rank holds with .to_local() and ring=, "
             "or the whole with .full_tensor()."
@@ -306,11 +313,20 @@ def _plain(name: str, value: Any) -> None:
     layout = str(getattr(value, "layout", "torch.strided"))
     if layout.startswith("torch.") and (layout != "torch.strided" or getattr(value, "is_nested", False)):
         raise InvalidInput(f"{name} has the layout {layout}: expected a dense, strided tensor. Call .to_dense() first.")
-    if any(kind.endswith(".MaskedArray") for kind in kinds):
+    if masked:
         raise InvalidInput(
             f"{name} is a masked array, whose own mask would be passed over: pass {name}.data, "
             "and absent rows by query_mask= and key_mask=."
         )
+
+
+TRAITS: dict[type, tuple[bool, bool]] = {}
+"""Of a class of arrays, as far as met: whether it has a mask of its own, and whether it is sharded by itself."""
+
+
+def _traits(kind: type) -> tuple[bool, bool]:
+    names = {cls.__name__ for cls in kind.__mro__}
+    return TRAITS.setdefault(kind, ("MaskedArray" in names, "DTensor" in names))
 
 
 def _floating(name: str, value: Any) -> str:

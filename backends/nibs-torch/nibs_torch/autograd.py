@@ -44,7 +44,7 @@ class Kernels(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Job:
     """One differentiable call without its tensors, which travel beside it where autograd sees them.
 
@@ -58,15 +58,14 @@ class Job:
 
     def filled(self, tensors: Sequence[Tensor | None]) -> Request:
         """The request with its tensors in place."""
-        there = {name: tensor for name, tensor in zip(ARRAYS, tensors) if tensor is not None}
-        return replace(self.request, **there)
+        return self.request.but({name: tensor for name, tensor in zip(ARRAYS, tensors) if tensor is not None})
 
 
 def differentiable_loss(request: Request, kernels: Kernels, *, deferred: bool) -> Any:
     """The loss, or `(loss, stats)`, with a gradient for each input named in `request.wrt`."""
     tensors = [value if isinstance(value := getattr(request, name), Tensor) else None for name in ARRAYS]
     bare = {name: None for name, tensor in zip(ARRAYS, tensors) if tensor is not None}
-    job = Job(replace(request, **bare), kernels, deferred)
+    job = Job(request.but(bare), kernels, deferred)
     direct = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
     loss = (_Direct if direct else _Loss).apply(job, *tensors)[0]
     return (loss, job.stats[0]) if request.stats else loss

@@ -25,7 +25,9 @@ from nibs.schedule import Call
 from nibs.spec import Backend, Gradients, Stats
 from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
+from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
 from nibs_torch.tiles import DTYPES, TorchTiles
+from nibs_torch.whole import whole
 
 CPU_HINT = TileHint(rows=2048, columns=2048, buffers=2.0, masked=5.0, kernel="torch")
 DEVICE_HINT = TileHint(rows=4096, columns=4096, buffers=2.0, masked=5.0, kernel="torch")
@@ -39,19 +41,25 @@ class TorchBackend(Backend):
     def loss(self, request: Request) -> Any:
         wrt = self._differentiated(request)
         if tracing.is_symbolic(request.queries):
-            request = replace(request, wrt=wrt)
+            request = request.but({"wrt": wrt})
             return differentiable_loss(request, COMPILED, deferred=bool(wrt) and tracing.defers(request))
         if wrt or _transformed():
-            request = replace(request, wrt=wrt)
+            request = request.but({"wrt": wrt})
             kernels = UNCHECKED if _transformed() else KERNELS
             return differentiable_loss(request, kernels, deferred=bool(wrt) and self._defers(request))
         with _plain(request.device):
+            found = _whole(request, grad=False)
+            if found is not None:
+                return found[0]
             call = _call(request, grad=False)
             loss = call.loss()
             return (loss, call.stats()) if request.stats else loss
 
     def loss_and_grad(self, request: Request) -> Any:
         with _plain(request.device):
+            found = _whole(request, grad=True)
+            if found is not None:
+                return found if request.hold else (found[0], _as_inputs(found[1], request))
             call = _call(request, grad=True, hold=request.hold)
             loss, gradients = call.loss_and_grad()
             gradients = gradients if request.hold else _as_inputs(gradients, request)
@@ -110,6 +118,8 @@ class TorchBackend(Backend):
         return as_ring(handle)
 
     def tile_hint(self, device: str, dtype: str) -> TileHint:
+        if kernel_for(device, dtype) == "triton":
+            return hints(device, dtype)[0]
         return CPU_HINT if device.startswith("cpu") else DEVICE_HINT
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
@@ -157,6 +167,10 @@ class ScheduleKernels:
     def forward(self, request: Request, *, deferred: bool) -> tuple[Tensor, list[Tensor], Stats | None]:
         request = request if self.checked else tracing.poisoned(request)
         with _plain(request.device):
+            found = None if deferred else _whole(request, grad=True)
+            if found is not None:
+                loss, gradients = found
+                return loss, [getattr(gradients, name) for name in request.wrt or ()], None
             if deferred:
                 _plan(request, grad=True, deferred=True)  # a budget too small for the backward is said now
             call = _call(request, grad=not deferred, hold=True)
@@ -193,13 +207,26 @@ COMPILED = tracing.CompiledKernels()
 def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Call:
     with joining(request.ring or SOLO):  # where the call was compiled, nobody has told the peers of an error yet
         plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
-        tiles = TorchTiles(request.dtype, request.queries.device)
+        device = request.queries.device
+        fused = plan.kernel == "triton"
+        tiles = FusedTiles(request.dtype, device, request.precision) if fused else TorchTiles(request.dtype, device)
         return Call(request, tiles, plan, request.ring, hold=hold)
+
+
+def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
+    """The call as one tile, where it is one and asks for nothing else."""
+    if request.device != "cpu" or request.n > CPU_HINT.rows or request.m > CPU_HINT.columns:
+        return None
+    if kernel_for(request.device, request.dtype, request.plan) != "torch":
+        return None
+    return whole(request, grad=grad)
 
 
 def _plan(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Any:
     hint = CPU_HINT if request.device == "cpu" else DEVICE_HINT
     size = 1 if request.ring is None else request.ring.size
+    if kernel_for(request.device, request.dtype, request.plan) == "triton":
+        return fused_plan(request, grad=grad, hold=hold, deferred=deferred, ring_size=size)
     return plan_request(request, hint, grad=grad, hold=hold, deferred=deferred, ring_size=size)
 
 

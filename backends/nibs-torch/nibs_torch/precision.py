@@ -27,7 +27,7 @@ import torch
 
 __all__ = ["products"]
 
-LARGE = 1 << 23
+LARGE = 1 << 22
 """Flops of a product from which oneDNN's kernels, which are set up anew for each, are worth their start."""
 
 _NOTHING = nullcontext()

@@ -40,6 +40,53 @@ def test_nothing_is_touched_where_nothing_was_asked(wanted, dtype):
     assert precision.products(wanted, dtype, CPU) is precision.products("default", torch.float32, CPU)
 
 
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
+@pytest.mark.parametrize("wanted", ["default", "highest"])
+def test_large_products_on_a_cpu_are_float32_whoever_computes_them(wanted, layout):
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.rand(size, generator=generator) + 1 for size in ((300, 200), (200, 150)))
+    exact = left.double() @ right.double()
+    if layout == "nt":
+        right = right.T.contiguous().T
+    elif layout == "tn":
+        left = left.T.contiguous().T
+    with precision.products(wanted, torch.float32, CPU, 2 * 300 * 200 * 150):
+        found = left @ right
+    assert ((found - exact).abs() < 1e-5 * exact).all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_one_dnn_is_let_in_only_where_its_products_are_float32(monkeypatch, exact):
+    monkeypatch.setattr(precision, "_one_dnn_is_exact", lambda: exact)
+    holder = torch.backends.mkldnn.matmul
+    before = holder.fp32_precision
+    with precision.products("default", torch.float32, CPU, precision.LARGE):
+        assert holder.fp32_precision == ("bf16" if exact else before)
+    assert holder.fp32_precision == before
+
+
+def test_a_user_who_allows_coarser_products_gets_them(monkeypatch):
+    monkeypatch.setattr(precision, "_one_dnn_is_exact", lambda: True)
+    holder = torch.backends.mkldnn.matmul
+    before, holder.fp32_precision = holder.fp32_precision, "tf32"
+    try:
+        with precision.products("default", torch.float32, CPU, precision.LARGE):
+            assert holder.fp32_precision == "tf32"
+    finally:
+        holder.fp32_precision = before
+
+
+def test_the_last_of_those_who_share_a_flag_puts_it_back():
+    holder = torch.backends.mkldnn.matmul
+    before = holder.fp32_precision
+    first, second = (precision.products("highest", torch.float32, CPU) for _ in range(2))
+    with first:
+        with second:
+            pass
+        assert holder.fp32_precision == "ieee"
+    assert holder.fp32_precision == before
+
+
 def test_two_threads_do_not_leave_each_others_flag_behind():
     before = torch.backends.mkldnn.matmul.fp32_precision
     queries, keys, _ = (one.detach() for one in leaves(dtype=torch.float32))

@@ -1,0 +1,103 @@
+"""A call that one tile holds gives what the schedule gives, and leaves to it whatever it cannot do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_torch import leaves
+
+import nibs
+from nibs.registry import registry
+from nibs.request import make_request
+from nibs_torch import whole as one_tile
+from nibs_torch.whole import whole
+
+OBJECTIVES = [nibs.InfoNCE(), nibs.InfoNCE("query_to_key"), nibs.InfoNCE("key_to_query"), nibs.Sigmoid()]
+ROWS, KEYS, WIDTH = 40, 56, 12
+
+
+def asked(queries, keys, **options):
+    return make_request(queries, keys, registry, **options)
+
+
+def inputs(dtype=torch.float64):
+    queries, keys, _ = (one.detach() for one in leaves(ROWS, KEYS, WIDTH, dtype))
+    return queries, keys
+
+
+def through_the_schedule(queries, keys, **options):
+    plan = nibs.plan(ROWS, KEYS, WIDTH, str(queries.dtype).rpartition(".")[2], objective=options["objective"])
+    return nibs.contrastive_loss_and_grad(queries, keys, plan=plan, **options)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("strip", [1 << 18, 300], ids=["in one strip", "in strips"])
+def test_it_gives_what_the_schedule_gives(monkeypatch, objective, reduction, strip):
+    monkeypatch.setattr(one_tile, "STRIP", strip)
+    queries, keys = inputs()
+    options = {"scale": 7.0, "bias": -2.0, "objective": objective, "reduction": reduction}
+    expected, gradients = through_the_schedule(queries, keys, **options)
+    found = whole(asked(queries, keys, **options), grad=True)
+    assert found is not None
+    torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-12)
+    for name in ("queries", "keys", "scale", "bias"):
+        torch.testing.assert_close(getattr(found[1], name), getattr(gradients, name), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrt", [("queries",), ("keys", "scale"), ()], ids=repr)
+def test_it_computes_the_gradients_that_are_asked_for_and_no_other(wrt):
+    queries, keys = inputs()
+    _, gradients = whole(asked(queries, keys, scale=3.0, wrt=wrt), grad=True)
+    assert tuple(name for name in ("queries", "keys", "scale", "bias") if getattr(gradients, name) is not None) == wrt
+
+
+OPTIONS = {
+    "targets": {"targets": torch.arange(ROWS)},
+    "ids": {
+        "query_ids": torch.arange(ROWS),
+        "key_ids": torch.arange(KEYS),
+        "objective": nibs.InfoNCE(same_id="exclude"),
+    },
+    "query_mask": {"query_mask": torch.ones(ROWS, dtype=torch.bool)},
+    "key_mask": {"key_mask": torch.ones(KEYS, dtype=torch.bool)},
+    "weights": {"weights": torch.ones(ROWS)},
+    "reduction": {"reduction": "none"},
+    "memory": {"memory": "64MiB"},
+    "plan": {"plan": nibs.plan(ROWS, KEYS, WIDTH)},
+    "stats": {"stats": True},
+    "label_smoothing": {"objective": nibs.InfoNCE(label_smoothing=0.1)},
+    "margin": {"objective": nibs.InfoNCE(false_negative_margin=0.1)},
+    "same_id of the sigmoid": {
+        "query_ids": torch.arange(ROWS),
+        "key_ids": torch.arange(KEYS),
+        "objective": nibs.Sigmoid(same_id="exclude"),
+    },
+    "a scale's gradient alone": {"wrt": "scale"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_it_leaves_every_option_to_the_schedule(options):
+    assert whole(asked(*inputs(), **options), grad=True) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_row_that_is_not_finite_is_the_schedules(objective, side, value):
+    rows = inputs(torch.float32)
+    rows[0].abs_(), rows[1].abs_()
+    rows[side][3, 2] = value  # with -inf all of its logits are -inf, and hide behind exp
+    assert whole(asked(*rows, objective=objective), grad=True) is None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=repr)
+def test_a_row_that_sinks_out_of_reach_is_the_schedules(objective):
+    queries, keys = inputs(torch.float32)
+    queries[5] *= 1000
+    assert whole(asked(queries, keys, scale=50.0, objective=objective), grad=True) is None
+    loss, gradients = nibs.contrastive_loss_and_grad(queries, keys, scale=50.0, objective=objective)
+    exact, _ = nibs.contrastive_loss_and_grad(queries.double(), keys.double(), scale=50.0, objective=objective)
+    assert abs(loss - exact) < 1e-5 * abs(exact)
+    assert gradients.queries.isfinite().all()
