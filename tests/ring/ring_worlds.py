@@ -16,7 +16,9 @@ PRELOAD = (
     "nibs_torch.backend",
     "nibs_torch.modules",
     "nibs_torch.opaque",
+    "nibs_torch.decoupled",
     "training_jobs",
+    "decoupled_jobs",
 )
 
 

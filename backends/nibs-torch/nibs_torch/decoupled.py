@@ -192,7 +192,7 @@ class _Run:
             with ranks.telling():
                 self._open()
             counts = ranks.agree_on({side.name: side.source.count() for side in self.sides})
-            ranks.share_buffers()
+            ranks.settle()
             try:
                 with ranks.silent():
                     with ranks.telling(collective=ranks.sharded):
@@ -203,11 +203,9 @@ class _Run:
                     if training:
                         with ranks.telling(collective=ranks.sharded):
                             self._encode_again()
+                            roots, upstream = self._last_forward()
                             self._compare()
                 if training:
-                    with ranks.telling(collective=ranks.sharded):
-                        roots, upstream = self._last_forward()
-                        self._compare()
                     ranks.ready()
                     with ranks.telling(collective=True):
                         self._last_backward(roots, upstream)
@@ -522,7 +520,7 @@ class _Run:
         """The backward that synchronises."""
         if not roots:
             return
-        self.ranks.expect(roots)
+        self.ranks.arm(roots)
         with self._unrounded():
             torch.autograd.backward(roots, upstream)
         self.grads.forget()

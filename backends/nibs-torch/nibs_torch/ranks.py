@@ -1,6 +1,6 @@
 """The modules behind an encoder, what wraps them over ranks, and what the ranks of a decoupled step tell each other.
 
-    DDP      silent (`no_sync`) but for the last backward, in which each parameter is reduced once
+    DDP      silent (`no_sync`) until the last backward, in which each parameter is reduced once
     FSDP2    reduces each micro-batch, for unreduced gradients would be whole ones; its forwards are collective, so
              ranks run equally many micro-batches, empty ones where they have no more
     none     gradients are the caller's to reduce; a ring of the loss is all that the ranks share
@@ -104,9 +104,11 @@ class Ranks:
     def several(self) -> bool:
         return self.ring.size > 1
 
-    def share_buffers(self) -> None:
-        """What DDP's first forward does anyway, before buffers are looked at."""
+    def settle(self) -> None:
+        """What DDP's first forwards would exchange, now and in one order: ranks may differ in which module comes first."""
         for module in self.replicated:
+            if torch.is_grad_enabled() and module.reducer._rebuild_buckets():
+                module._has_rebuilt_buckets = True
             if module.will_sync_module_buffers():
                 module._sync_buffers()
                 module.require_forward_param_sync = False
@@ -119,11 +121,16 @@ class Ranks:
                 stack.enter_context(module.no_sync())
             yield
 
-    def expect(self, roots: list[Tensor]) -> None:
-        """All roots of the last backward, for DDP modules that look for unused parameters: they knew one forward."""
+    def arm(self, roots: list[Tensor]) -> None:
+        """Let DDP reduce in the backward that follows, whose roots these are.
+
+        Its own forwards would arm it one by one, before anybody knows whether the backward comes, and each for its own
+        outputs alone; armed and not followed by a backward, it would be of no use any more.
+        """
         for module in self.replicated:
-            if module.find_unused_parameters and module.require_backward_grad_sync:
-                module.reducer.prepare_for_backward(roots)
+            if module.require_backward_grad_sync:
+                module.require_forward_param_sync = True
+                module.reducer.prepare_for_backward(roots if module.find_unused_parameters else [])
 
     def agree_on(self, counts: dict[str, int | None]) -> dict[str, int]:
         """The largest number of micro-batches of each side, where ranks must run equally many; else this rank's own."""
