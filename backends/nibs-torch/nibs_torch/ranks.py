@@ -105,7 +105,7 @@ class Ranks:
         return self.ring.size > 1
 
     def settle(self) -> None:
-        """What DDP's first forwards would exchange, now and in one order: ranks may differ in which module comes first."""
+        """What the first forwards of DDP exchange, now and in one order: ranks may differ in which comes first."""
         for module in self.replicated:
             if torch.is_grad_enabled() and module.reducer._rebuild_buckets():
                 module._has_rebuilt_buckets = True
