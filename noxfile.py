@@ -25,7 +25,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 # A second run starts at once. Installing again is nearly free and keeps it in step with the pins.
 nox.options.reuse_venv = "yes"
 # The quick ones first. The demo is not a check, and is asked for by name.
-nox.options.sessions = ["lint", "types", "build", "conformance", "tests"]
+nox.options.sessions = ["lint", "types", "build", "conformance", "tests", "integrations"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
@@ -106,6 +106,18 @@ def conformance(session: nox.Session, backend: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the core's own tests, the suite's own, packaging, guests, and each backend's own."""
-    install(session, *group("tests"), editable=[".[cli]", *DISTRIBUTIONS[1:]])
+    install(session, *group("tests"), "-r", "examples/requirements.txt", editable=[".[cli]", *DISTRIBUTIONS[1:]])
     # Wide enough for the slowest test on a slow machine; a hang ends there and says where.
-    session.run("python", "-m", "pytest", "--timeout=300", *session.posargs)
+    session.run("python", "-m", "pytest", "--timeout=300", "--ignore=tests/integrations", *session.posargs)
+
+
+@nox.session
+def integrations(session: nox.Session) -> None:
+    """Run the loops of docs/integrations.md and docs/rings.md with the trainers that they are written for."""
+    folders = [".", "backends/nibs-numpy", "backends/nibs-torch", "conformance"]
+    install(session, *group("integrations"), editable=folders)
+    # Without torchvision, which it asks for: the ordinary build of that breaks beside a small build of torch.
+    install(session, "--no-deps", "open_clip_torch")
+    pytest = ("python", "-m", "pytest", "--timeout=300")
+    session.run(*pytest, "tests/integrations", *session.posargs)
+    session.run(*pytest, "tests/ring/test_docs.py", "-k", "accelerate or lightning")

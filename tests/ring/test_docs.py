@@ -37,7 +37,7 @@ for index, batch in enumerate(batches):
 def test_a_block_trains_as_on_one_device(world: Callable[[int], Any], name: str) -> None:
     package = NEEDS.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(f"{package} is not installed: nox -s integrations has it")
     code = BLOCKS[name] + (FIT if name == "lightning" else "")
     assert max(answers(world(4).run("docs_jobs:run_snippet", code, timeout=180.0))) < 1e-12
 
