@@ -41,7 +41,7 @@ if WHEEL_FOLDERS:
 for variable in ("UV_BUILD_CONSTRAINT", "PIP_BUILD_CONSTRAINT"):
     os.environ[variable] = str(ROOT / "constraints.txt")
 # What a shell has set must not change what is checked: modules from elsewhere, another backend, more plugins.
-for variable in ("PYTHONPATH", "NIBS_BACKEND", "NIBS_PLUGINS", "PYTEST_ADDOPTS"):
+for variable in ("PYTHONPATH", "NIBS_BACKEND", "NIBS_PLUGINS", "NIBS_CUPY_DEVICE", "PYTEST_ADDOPTS"):
     os.environ.pop(variable, None)
 
 
@@ -98,9 +98,10 @@ def conformance(session: nox.Session, backend: str) -> None:
     """Run the suite against one backend, with nothing installed but what a vendor has."""
     install(session, editable=[".", f"backends/nibs-{backend}", "conformance"])
     settings = nox.project.load_toml(ROOT / f"backends/nibs-{backend}" / "pyproject.toml").get("tool", {})
-    sample = settings.get("nibs", {}).get("conformance-sample", [])
-    suite = ("python", "-m", "pytest", "--pyargs", "nibs_conformance")
-    session.run(*suite, "--nibs-backend", backend, "--nibs-report", f"reports/{backend}", *(session.posargs or sample))
+    settings = settings.get("nibs", {})
+    suite = ["python", "-m", "pytest", "--pyargs", "nibs_conformance", "--nibs-backend", backend]
+    suite += ["--nibs-report", f"reports/{backend}", *(session.posargs or settings.get("conformance-sample", []))]
+    session.run(*suite, env=settings.get("environment", {}))
 
 
 @nox.session

@@ -141,6 +141,8 @@ struct Block {
     size_t used = 0;
     std::vector<Region> regions;
     std::vector<std::function<bool()>> idle;
+    std::vector<std::function<const char*()>> ends;
+    size_t pauses = 0;  // one after the other, nobody having done anything else
     std::vector<std::pair<const void*, std::shared_ptr<void>>> states;
     uint64_t random = 0;
     bool failed = false;
@@ -360,8 +362,9 @@ static Thread* next() {
     }
 }
 
-static void suspend() {
+static void suspend(bool pausing = false) {
     Thread* self = current;
+    if (!pausing) block->pauses = 0;
     Thread* to = next();
     if (to == self) return;
     current = to;
@@ -547,7 +550,25 @@ static inline void wait(Ready ready, const char* file = __builtin_FILE(), int li
     suspend();
 }
 
+// Lets somebody else run, and stays ready: for loops that try until something holds.
+static inline void pause(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    Block& b = *block;
+    current->file = file;
+    current->line = line;
+    if (++b.pauses > b.length + 1) {  // whoever can run is only trying
+        bool moved = false;
+        for (size_t i = 0; i < b.idle.size() && !moved; i++) moved = b.idle[i]();
+        if (moved) b.pauses = 0;
+        else if (b.pauses > 100000 + 100 * b.threads) fail("every thread that can run tries for ever, this one at line %d", line);
+    }
+    push(current);
+    suspend(true);
+}
+
 static inline void on_idle(std::function<bool()> hook) { block->idle.push_back(std::move(hook)); }
+
+// `hook()` is called when the thread block has ended well; it returns what is wrong, or null.
+static inline void at_end(std::function<const char*()> hook) { block->ends.push_back(std::move(hook)); }
 
 static inline bool latest() { return block->launch->latest != 0; }
 
@@ -661,6 +682,8 @@ static bool run_block(Block& b, Ground& ground) {
     b.waiting.clear();
     b.regions.clear();
     b.idle.clear();
+    b.ends.clear();
+    b.pauses = 0;
     b.states.clear();
     for (Barrier& one : b.barriers) one = Barrier();
     while (!b.meetings.empty()) {
@@ -700,6 +723,8 @@ static bool run_block(Block& b, Ground& ground) {
     if (!b.failed && name) broken("something was written just outside the shared array", name);
     for (unsigned i = 0; i < b.threads && !b.failed; i++)
         if (memcmp(b.fibers[i].stack, &CANARY, sizeof CANARY)) broken("a thread overran its stack, that of", b.kernel);
+    for (size_t i = 0; i < b.ends.size() && !b.failed; i++)
+        if (const char* wrong = b.ends[i]()) broken(wrong, b.kernel);
     b.states.clear();
     return !b.failed;
 }

@@ -1,0 +1,93 @@
+"""The CuPy backend: requests in, arrays out. CuPy has no autograd, so `loss` carries no gradient."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nibs.arrays import describe, dtype_name
+from nibs.errors import InvalidInput
+from nibs.plan import TileHint, plan_request
+from nibs.request import Request
+from nibs.schedule import Call
+from nibs.spec import Backend
+from nibs_cupy.device import open_device
+from nibs_cupy.tiles import DTYPES, CupyTiles
+
+# One tile of weights; beside it the parts of statistics, 18 numbers for each 64 pairs at most, and their sums, which
+# small tiles feel.
+HINTS = {
+    "cpu": TileHint(
+        rows=512, columns=1024, buffers=1.4, masked=1.6, fixed=192 * 1024, kernel="general, by the host runner"
+    ),
+    "cuda": TileHint(rows=8192, columns=8192, buffers=1.4, masked=1.6, fixed=192 * 1024, kernel="general"),
+}
+
+
+class CupyBackend(Backend):
+    """Runs every request by the shared schedule over `CupyTiles`, on CuPy's arrays (`"cuda"`) or NumPy's (`"host"`)."""
+
+    def __init__(self, where: str = "cuda") -> None:
+        self.device = open_device(where)
+
+    def loss(self, request: Request) -> Any:
+        with self.device.quiet():
+            call = self._call(request, grad=False)
+            loss = call.loss()
+            return (loss, call.stats()) if request.stats else loss
+
+    def loss_and_grad(self, request: Request) -> Any:
+        with self.device.quiet():
+            call = self._call(request, grad=True)
+            loss, gradients = call.loss_and_grad()
+            return (loss, gradients, call.stats()) if request.stats else (loss, gradients)
+
+    def _call(self, request: Request, *, grad: bool) -> Call:
+        ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
+        plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=ring.size if ring is not None else 1)
+        return Call(request, CupyTiles(request.dtype, self.device), plan, ring, hold=hold)
+
+    def tile_hint(self, device: str, dtype: str) -> TileHint:
+        return HINTS[self.device.kind]
+
+    def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
+        kind = self.device.kind
+        if device is not None and device.partition(":")[0] != kind:
+            raise InvalidInput(f"device={device!r}: this backend's arrays live on {kind} (NIBS_CUPY_DEVICE).")
+        if dtype is not None and dtype not in DTYPES and dtype != "int64":
+            raise InvalidInput(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}, int64, for {describe(values)}.")
+        with self.device.at(device):
+            array = self._here(values)
+            return array if dtype is None or str(array.dtype) == dtype else array.astype(DTYPES.get(dtype, dtype))
+
+    def _here(self, values: Any) -> Any:
+        """On this device, without a copy where it is there already."""
+        xp = self.device.xp
+        if isinstance(values, xp.ndarray):
+            return values
+        if isinstance(values, (np.ndarray, np.generic)):
+            return xp.asarray(values)
+        if dtype_name(values) != "bfloat16":
+            return xp.from_dlpack(values)
+        # DLPack's bfloat16 is known to few: it crosses as its bits.
+        framework = sys.modules[type(values).__module__.partition(".")[0]]
+        return xp.from_dlpack(values.view(getattr(framework, "int16", np.int16))).view(ml_dtypes.bfloat16)
+
+    def to_numpy(self, array: Any) -> Any:
+        array = self.device.fetch(array)
+        return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind in "fV" else array
+
+    def detach(self, array: Any) -> Any:
+        array = self.device.xp.asarray(array)  # a scalar does not export
+        # A negative stride is no error in those who import it: PyTorch ends the process.
+        return array.copy() if any(stride < 0 for stride in array.strides) else array
+
+    def arange(self, n: int, like: Any) -> Any:
+        return self.device.xp.arange(n, dtype=like.dtype)
+
+    def two_views(self, z1: Any, z2: Any) -> tuple[Any, Any]:
+        n, xp = len(z1), self.device.xp
+        return xp.concatenate([z1, z2]), (xp.arange(2 * n) + n) % (2 * n)
