@@ -14,7 +14,7 @@ from nibs.plan import TileHint, plan_request
 from nibs.request import Request
 from nibs.schedule import Call
 from nibs.spec import Backend
-from nibs_cupy.device import open_device
+from nibs_cupy.device import Cuda, Host, open_device
 from nibs_cupy.tiles import DTYPES, CupyTiles
 
 # One tile of weights; beside it the parts of statistics, 18 numbers for each 64 pairs at most, and their sums, which
@@ -30,8 +30,8 @@ HINTS = {
 class CupyBackend(Backend):
     """Runs every request by the shared schedule over `CupyTiles`, on CuPy's arrays (`"cuda"`) or NumPy's (`"host"`)."""
 
-    def __init__(self, where: str = "cuda") -> None:
-        self.device = open_device(where)
+    def __init__(self, device: str | Cuda | Host = "cuda") -> None:
+        self.device = open_device(device) if isinstance(device, str) else device
 
     def loss(self, request: Request) -> Any:
         with self.device.quiet():

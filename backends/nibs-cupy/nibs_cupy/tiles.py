@@ -24,20 +24,21 @@ FILE = "general.cu"
 SQUARE, THREADS, LINE = 64, 256, 128  # kernels/common.cuh; threads of the kernels over vectors
 
 # kernels/common.cuh, bit by bit and field by field.
-MULTI, EXCLUDE, SELF, MARGIN, KEPT, KEEP, PRODUCT_SUM, STATISTICS, WEIGHTS = (1 << bit for bit in range(9))
+MULTI, EXCLUDE, SELF, MARGIN, KEPT, KEEP, PRODUCT_SUM, STATISTICS, WEIGHTS, DIAGONAL = (1 << bit for bit in range(10))
+TYPES = ("float64", "float32", "bfloat16", "float16")
 SIDES = [f"{side}_{name}" for side in ("row", "column") for name in ("factor", "shift", "target", "smooth")]
 TILE = np.dtype(
     [
-        *((name, np.int64) for name in ("rows", "columns", "width")),
+        *((name, np.int64) for name in ("rows", "columns", "width", "row", "column")),
         *((name, np.uint64) for name in ("queries", "keys")),
         *((name, np.int64) for name in ("query_row", "query_step", "key_row", "key_step")),
         *((name, np.uint64) for name in ("scale", "bias", "target", "exact", "query_ids", "key_ids")),
         *((name, np.uint64) for name in ("query_mask", "key_mask")),
-        ("ahead", np.int64),
         *((name, np.uint64) for name in ("query_limit", "key_limit", "anchor_weights", *SIDES)),
         *((name, np.uint64) for name in ("products", "weights", "row_parts", "column_parts")),
         *((name, np.uint64) for name in ("product_parts", "weight_parts")),
-        *((name, np.int32) for name in ("row_fields", "column_fields", "flags", "unused")),
+        *((name, np.int32) for name in ("row_fields", "column_fields")),
+        *((name, np.int32) for name in ("query_type", "key_type", "flags", "unused")),
     ]
 )
 FOLD = np.dtype(
@@ -55,14 +56,50 @@ SCATTER = np.dtype(
         *((name, np.int32) for name in ("largest", "unused")),
     ]
 )
+POISON = np.dtype(
+    [
+        *((name, np.uint64) for name in ("values", "mask", "out")),
+        *((name, np.int64) for name in ("rows", "width", "row", "step")),
+        *((name, np.int32) for name in ("type", "unused")),
+    ]
+)
 FIELD = {name: 1 << LSE_FIELDS.index(name) for name in LSE_FIELDS}
 ALLOWED = FIELD["allowed_sum"] | FIELD["allowed_count"]
 MASSES = FIELD["mass"] | FIELD["shift"]
 MAXIMA = FIELD["positive_max"] | FIELD["negative_max"]
 
 
+class Rows:
+    """Rows of a tile as they came, `[r, d]` of any stride, and which are present; wide only where a product asks."""
+
+    def __init__(self, tiles: CupyTiles, values: Any, mask: Any) -> None:
+        size = values.dtype.itemsize
+        if any(stride % size for stride in values.strides):  # a field of a record
+            values = tiles.xp.ascontiguousarray(values)
+        self.tiles, self.values = tiles, values
+        self.mask = None if mask is None else tiles.xp.ascontiguousarray(mask)
+        self.shape = values.shape
+        self._wide: Any = None
+
+    def wide(self) -> Any:
+        """In the accumulation dtype, absent rows zero; made once."""
+        if self._wide is None:
+            self._wide = self.tiles.operand(self.values, self.mask)
+        return self._wide
+
+    def strides(self) -> tuple[int, int]:
+        """In elements."""
+        row, step = (stride // self.values.dtype.itemsize for stride in self.values.strides)
+        return row, step
+
+    def type(self) -> int:
+        return TYPES.index(str(self.values.dtype))
+
+
 class CupyTiles:
     """The verbs for one accumulation dtype on one device, and the scratch that they reuse."""
+
+    fused = True
 
     def __init__(self, dtype: str, device: Cuda | Host) -> None:
         self.device, self.xp = device, device.xp
@@ -135,9 +172,9 @@ class CupyTiles:
         products = self._sums(call, "product_parts", PRODUCT_SUM) if problem.total_product else None
         call.launch("weights")
         if into is not None:
-            into += self.device.product(weights, tile.keys, problem.precision)
+            into += self.device.product(weights, tile.keys.wide(), problem.precision)
         if onto is not None:
-            onto += self.device.product(weights.T, tile.queries, problem.precision)
+            onto += self.device.product(weights.T, tile.queries.wide(), problem.precision)
         return None if products is None else self.total(products), None
 
     # -- Sigmoid ----------------------------------------------------------------------------------
@@ -163,11 +200,11 @@ class CupyTiles:
         weights, sums, products = self._sigmoid(call, problem, grad=True) if kept is None else kept
         factor = rows.factor[:, None]
         if into is not None:
-            part = self.device.product(weights, tile.keys, problem.precision)
+            part = self.device.product(weights, tile.keys.wide(), problem.precision)
             part *= factor
             into += part
         if onto is not None:
-            onto += self.device.product(weights.T, tile.queries * factor, problem.precision)
+            onto += self.device.product(weights.T, tile.queries.wide() * factor, problem.precision)
         product = weight = None
         if problem.total_weight:
             weight = self.total((sums * rows.factor).ravel())
@@ -219,6 +256,21 @@ class CupyTiles:
             rows = self.xp.where(mask[:, None], rows, self.xp.zeros((), rows.dtype))
         return self.cast(rows)
 
+    def fused_operand(self, rows: Any, mask: Any) -> Rows:
+        return Rows(self, rows, mask)
+
+    def poison(self, rows: Any, mask: Any) -> Any:
+        """`[n]`: 0 for a row that is finite or absent, else NaN."""
+        out = self.zeros(len(rows))
+        if len(rows):
+            given = Rows(self, rows, mask)
+            address = self.device.address
+            places = address(given.values), address(given.mask), address(out)
+            self._line(
+                "poison", len(rows), np.array([(*places, *rows.shape, *given.strides(), given.type(), 0)], POISON)
+            )
+        return out
+
     def rounds(self, dtype: str) -> bool:
         return bool(np.dtype(DTYPES[dtype]) != self.accumulator)
 
@@ -262,12 +314,13 @@ class Arguments:
         self.held: list[Any] = []
         self.rows, self.columns = tile.queries.shape[0], tile.keys.shape[0]
         self.squares = -(-self.rows // SQUARE), -(-self.columns // SQUARE)
-        self.number(rows=self.rows, columns=self.columns, width=tile.keys.shape[1])
-        for name, rows in (("query", tile.scaled), ("key", tile.keys)):
-            self._rows(name, rows)
-        if not problem.fold:
-            self.give(scale=problem.scale)
-        self.give(bias=problem.bias)
+        self.number(rows=self.rows, columns=self.columns, width=tile.keys.shape[1], row=tile.row, column=tile.column)
+        queries, keys = tile.queries, tile.keys
+        self.give(queries=queries.values, keys=keys.values, query_mask=queries.mask, key_mask=keys.mask)
+        for name, rows in (("query", queries), ("key", keys)):
+            row, step = rows.strides()
+            self.number(**{f"{name}_row": row, f"{name}_step": step, f"{name}_type": rows.type()})
+        self.give(scale=problem.scale, bias=problem.bias)
         self._pairs(tile, problem)
 
     def give(self, **arrays: Any) -> None:
@@ -292,32 +345,17 @@ class Arguments:
         self.record["flags"] = self.flags
         self.tiles.kernel(name)(down * across, THREADS, self.record)
 
-    def _rows(self, name: str, rows: Any) -> None:
-        size = rows.dtype.itemsize
-        if any(stride % size for stride in rows.strides):  # a field of a record
-            rows = self.xp.ascontiguousarray(rows)
-        self.give(**{{"query": "queries", "key": "keys"}[name]: rows})
-        row, step = (stride // size for stride in rows.strides)
-        self.number(**{f"{name}_row": row, f"{name}_step": step})
-
     def _pairs(self, tile: Tile, problem: Problem) -> None:
         """Which pairs are allowed and which positive, as far as this tile has such rules."""
-        if tile.designated is not None:
-            rows, columns = tile.designated
-            target = self.xp.full(self.rows, -1, np.int64)
-            target[rows] = columns
-            self.give(target=target)
-            if tile.exact is not None:
-                exact = self.tiles.zeros(self.rows)
-                exact[rows] = tile.exact
-                self.give(exact=exact)
-        self.give_vectors(np.bool_, query_mask=tile.query_mask, key_mask=tile.key_mask)
+        if tile.diagonal:
+            self.flags |= DIAGONAL
+        self.give_vectors(np.int64, target=tile.targets)
+        self.give_vectors(exact=tile.exact)
         if problem.multi or problem.exclude:
             self.flags |= MULTI if problem.multi else EXCLUDE
             self.give_vectors(np.int64, query_ids=tile.query_ids, key_ids=tile.key_ids)
         if problem.exclude_self and tile.home:
             self.flags |= SELF
-            self.number(ahead=tile.row - tile.column)
         if problem.margin is not None:
             self.flags |= MARGIN
             self.give_vectors(query_limit=tile.query_limit, key_limit=tile.key_limit)

@@ -62,7 +62,7 @@ class Runner:
     clock: `"earliest"`: asynchronous operations complete at once; `"latest"`: when they are waited for.
     sanitize: build with the address sanitizer; the process must have been started with it preloaded.
     Each is taken from NIBS_CUPY_ORDER, NIBS_CUPY_CLOCK and NIBS_CUPY_SANITIZE=1 where it is not given.
-    folder: where the `.cu` files are; kernels/ of this package unless a test brings its own.
+    folder: where the `.cu` files are; kernels/ of this package unless a test brings its own. flags: for the compiler.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Runner:
         clock: str | None = None,
         sanitize: bool | None = None,
         folder: Path = KERNELS,
+        flags: tuple[str, ...] = (),
     ) -> None:
         order = order or os.environ.get("NIBS_CUPY_ORDER") or "forward"
         clock = clock or os.environ.get("NIBS_CUPY_CLOCK") or "earliest"
@@ -81,7 +82,7 @@ class Runner:
             raise InvalidInput(f"NIBS_CUPY_CLOCK={clock!r}: expected earliest or latest.")
         self.order, self.seed, self.clock = ORDERS.index(kind), int(seed or 0), clock
         self.sanitize = os.environ.get("NIBS_CUPY_SANITIZE") == "1" if sanitize is None else sanitize
-        self.folder = folder
+        self.folder, self.flags = folder, flags
         self._libraries: dict[str, ctypes.CDLL] = {}
         self._kernels: dict[tuple[str, str], Callable[..., None]] = {}
         self._lock = threading.Lock()
@@ -117,7 +118,7 @@ class Runner:
             return self._libraries[file]
 
     def _build(self, file: str) -> Path:
-        command = [*compiler(), *FLAGS, *(SANITIZED if self.sanitize else ())]
+        command = [*compiler(), *FLAGS, *(SANITIZED if self.sanitize else ()), *self.flags]
         command += ["-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(self.folder / file)]
         name = f"{Path(file).stem}-{_hash(command, {HERE, KERNELS, self.folder})}.so"
         for folder in _caches():

@@ -34,25 +34,38 @@ constexpr int PRODUCT_SUM = 64;   // row sums of weight times product are wanted
 constexpr int STATISTICS = 128;   // of Sigmoid: the sums of the loss
 constexpr int WEIGHTS = 256;      // of Sigmoid: the weights
 
+constexpr int DIAGONAL = 512;     // row i's designated positive is key i of the shards
+
+// What rows are stored as; half precision becomes an exact number of T.
+enum Type { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
+
+template <class T>
+NIBS_DEVICE T load(const void* from, i64 at, int type) {
+    if (type == FLOAT32) return T(static_cast<const float*>(from)[at]);
+    if (type == BFLOAT16) return T(from_bfloat16(static_cast<const bits16*>(from)[at]));
+    if (type == FLOAT16) return T(from_float16(static_cast<const bits16*>(from)[at]));
+    return T(static_cast<const double*>(from)[at]);
+}
+
 // Fields of statistics, in the order of nibs.verbs.Lse; `row_fields` has bit 1 << field where one is wanted.
 enum Field { MASS, SHIFT, POSITIVE_SUM, POSITIVE_COUNT, ALLOWED_SUM, ALLOWED_COUNT, WEIGHT_SUM, POSITIVE_MAX, NEGATIVE_MAX, FIELDS };
 
 // The arguments of every kernel on a tile. ../tiles.py has the same, field by field. T is the accumulation dtype.
 struct TileArgs {
     i64 rows, columns, width;
-    const void* queries;        // [rows, width] T, scaled already where `scale` is null
-    const void* keys;           // [columns, width] T
+    i64 row, column;            // where the tile begins in its shards
+    const void* queries;        // [rows, width] in the dtype they came in, of any stride
+    const void* keys;           // [columns, width]
     i64 query_row, query_step;  // strides, in elements
     i64 key_row, key_step;
-    const void* scale;          // one T, or null
+    const void* scale;          // one T
     const void* bias;           // one T, or null
-    const i64* target;          // [rows]: the column that is row's designated positive, or -1; null: none is
+    const i64* target;          // [rows]: the key of the shard that is row's designated positive, or -1; or null
     const void* exact;          // [rows] T: the designated pair's product, or null
     const i64* query_ids;       // [rows]
     const i64* key_ids;         // [columns]
     const unsigned char* query_mask;  // [rows], or null
     const unsigned char* key_mask;    // [columns], or null
-    i64 ahead;                  // row i and column i + ahead are the same row
     const void* query_limit;    // [rows] T
     const void* key_limit;      // [columns] T
     const void* anchor_weights; // [rows] T, or null
@@ -65,6 +78,7 @@ struct TileArgs {
     void* product_parts;        // [squares along a row, rows] T
     void* weight_parts;         // [squares along a row, rows] T
     int row_fields, column_fields;
+    int query_type, key_type;   // a Type each
     int flags, unused;
 };
 
@@ -88,6 +102,26 @@ NIBS_DEVICE Place place_of(const TileArgs& args) {
     return at;
 }
 
+// An element of the rows; zero beyond the tile, and where a row is absent: what that holds is never read.
+template <class T>
+NIBS_DEVICE T query_at(const TileArgs& args, i64 row, i64 k) {
+    if (row >= args.rows || (args.query_mask && !args.query_mask[row])) return T(0);
+    return load<T>(args.queries, row * args.query_row + k * args.query_step, args.query_type);
+}
+
+template <class T>
+NIBS_DEVICE T key_at(const TileArgs& args, i64 column, i64 k) {
+    if (column >= args.columns || (args.key_mask && !args.key_mask[column])) return T(0);
+    return load<T>(args.keys, column * args.key_row + k * args.key_step, args.key_type);
+}
+
+// The tile's column that is row's designated positive; any other number where it has none here.
+NIBS_DEVICE i64 designated_of(const TileArgs& args, i64 row) {
+    if (args.flags & DIAGONAL) return row + args.row - args.column;
+    if (!args.target) return -1;
+    return args.target[row] < 0 ? -1 : args.target[row] - args.column;
+}
+
 // Products of the square: acc[i][j] = <query, key>, or as they were kept.
 template <class T>
 NIBS_DEVICE void products_of(const TileArgs& args, const Place& at, T (&acc)[EACH][EACH]) {
@@ -105,14 +139,12 @@ NIBS_DEVICE void products_of(const TileArgs& args, const Place& at, T (&acc)[EAC
     }
     NIBS_SHARED_2D(T, queries, STEP, PITCH);
     NIBS_SHARED_2D(T, keys, STEP, PITCH);
-    const T* query_rows = static_cast<const T*>(args.queries);
-    const T* key_rows = static_cast<const T*>(args.keys);
     for (i64 begin = 0; begin < args.width; begin += STEP) {
         for (int e = threadIdx.x; e < SQUARE * STEP; e += THREADS) {
             const int r = e / STEP, k = e % STEP;
             const bool inside = begin + k < args.width;
-            queries[k][r] = inside && at.top + r < args.rows ? query_rows[(at.top + r) * args.query_row + (begin + k) * args.query_step] : T(0);
-            keys[k][r] = inside && at.left + r < args.columns ? key_rows[(at.left + r) * args.key_row + (begin + k) * args.key_step] : T(0);
+            queries[k][r] = inside ? query_at<T>(args, at.top + r, begin + k) : T(0);
+            keys[k][r] = inside ? key_at<T>(args, at.left + r, begin + k) : T(0);
         }
         __syncthreads();
         const int depth = args.width - begin < STEP ? int(args.width - begin) : STEP;
@@ -126,9 +158,9 @@ NIBS_DEVICE void products_of(const TileArgs& args, const Place& at, T (&acc)[EAC
         }
         __syncthreads();
     }
-    if (args.exact && args.target)
+    if (args.exact)
         for (int i = 0; i < EACH; i++) {
-            const i64 found = row + i < args.rows ? args.target[row + i] - column : -1;
+            const i64 found = row + i < args.rows ? designated_of(args, row + i) - column : -1;
             NIBS_UNROLL
             for (int j = 0; j < EACH; j++)
                 if (found == j) acc[i][j] = static_cast<const T*>(args.exact)[row + i];
@@ -159,7 +191,7 @@ NIBS_DEVICE Pairs pairs_of(const TileArgs& args, const Place& at, const T (&prod
         const i64 row = at.top + at.y * EACH + i;
         if (row >= args.rows) break;
         const bool present = !args.query_mask || args.query_mask[row];
-        const i64 target = args.target ? args.target[row] : -1;
+        const i64 target = designated_of(args, row);
         const i64 id = by_ids ? args.query_ids[row] : 0;
         const T query_limit = args.flags & MARGIN ? static_cast<const T*>(args.query_limit)[row] : T(0);
         for (int j = 0; j < EACH; j++) {
@@ -170,7 +202,7 @@ NIBS_DEVICE Pairs pairs_of(const TileArgs& args, const Place& at, const T (&prod
             const bool equal = by_ids && id == args.key_ids[column];
             bool allowed = present && (!args.key_mask || args.key_mask[column]);
             if ((args.flags & EXCLUDE) && equal && !designated) allowed = false;
-            if ((args.flags & SELF) && row + args.ahead == column) allowed = false;
+            if ((args.flags & SELF) && row + args.row == column + args.column) allowed = false;
             bool by_row = allowed, by_column = allowed;
             if ((args.flags & MARGIN) && !designated) {
                 // A NaN exceeds nothing, so that it stays and shows.
@@ -189,13 +221,13 @@ NIBS_DEVICE Pairs pairs_of(const TileArgs& args, const Place& at, const T (&prod
 // Products to logits, in place.
 template <class T>
 NIBS_DEVICE void logits_of(const TileArgs& args, T (&values)[EACH][EACH]) {
-    const T scale = args.scale ? *static_cast<const T*>(args.scale) : T(1);
+    const T scale = *static_cast<const T*>(args.scale);
     const T bias = args.bias ? *static_cast<const T*>(args.bias) : T(0);
     NIBS_UNROLL
     for (int i = 0; i < EACH; i++)
         NIBS_UNROLL
         for (int j = 0; j < EACH; j++) {
-            if (args.scale) values[i][j] *= scale;
+            values[i][j] *= scale;
             if (args.bias) values[i][j] += bias;
         }
 }

@@ -9,6 +9,7 @@
 //                                        products [r, c] if kept                                   out for a plain symmetric loss
 //   fold       parts [fields, p, length] fields [fields, length]                 4 fields p length  their size
 //   merge      two statistics            the first                               4 fields length    3 times their size
+//   poison     rows [n, d]               [n]                                     2 n d             n d and n words
 //   scatter    values [n]                [m]                                     n                  24 n + 12 m
 //   weights    queries, keys (or kept    weights [r, c]                          2 r c d + 8 r c   as lse, and r c words out
 //              products), weights of
@@ -214,6 +215,7 @@ NIBS_DEVICE void weights(const TileArgs& args) {
     high = largest_of_all(high);
     const bool together = high - low <= guard<T>::spread();
     const T middle = low + (high - low) / 2;
+    const T scale = *static_cast<const T*>(args.scale);
     if (together && t < 2 * SQUARE && shift[t] != infinity) factor[t] *= exponential(middle - shift[t]);
     __syncthreads();
     NIBS_UNROLL
@@ -224,7 +226,7 @@ NIBS_DEVICE void weights(const TileArgs& args) {
         for (int j = 0; j < EACH; j++) {
             const int column = SQUARE + at.x * EACH + j;
             const unsigned bit = Pairs::bit(i, j);
-            const T raw = s[i][j], logit = args.scale ? raw * *static_cast<const T*>(args.scale) : raw;
+            const T raw = s[i][j], logit = raw * scale;
             T g = 0;
             if (together) {
                 // A pair of two that are no anchors is bounded by nobody's lse: its exponential is not taken.
@@ -396,6 +398,25 @@ NIBS_DEVICE void scatter(const ScatterArgs& args) {
     static_cast<T*>(args.out)[at] = found;
 }
 
+// out[i] is 0 for a row that is finite or absent, else NaN.
+struct PoisonArgs {
+    const void* values;  // [rows, width]
+    const unsigned char* mask;  // [rows], or null
+    void* out;
+    i64 rows, width, row, step;  // strides, in elements
+    int type, unused;
+};
+
+template <class T>
+NIBS_DEVICE void poison(const PoisonArgs& args) {
+    const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= args.rows) return;
+    T found = 0;
+    if (!args.mask || args.mask[at])
+        for (i64 k = 0; k < args.width; k++) found += T(0) * load<T>(args.values, at * args.row + k * args.step, args.type);
+    static_cast<T*>(args.out)[at] = found;
+}
+
 // -- plain twins ------------------------------------------------------------------------------------
 
 // lse without squares, shared memory or a shared exponential: one thread a row, or a column. The tests hold both against the truth.
@@ -405,14 +426,12 @@ NIBS_DEVICE void plain_lse(const TileArgs& args) {
     if (at >= args.rows + args.columns) return;
     const bool row = at < args.rows;
     const i64 mine = row ? at : at - args.rows, others = row ? args.columns : args.rows;
-    const T* queries = static_cast<const T*>(args.queries);
-    const T* keys = static_cast<const T*>(args.keys);
     T shift = -range<T>::infinity(), mass = 0;
     for (i64 other = 0; other < others; other++) {
         const i64 i = row ? mine : other, j = row ? other : mine;
         T s = 0;
-        for (i64 k = 0; k < args.width; k++) s += queries[i * args.query_row + k * args.query_step] * keys[j * args.key_row + k * args.key_step];
-        if (args.scale) s *= *static_cast<const T*>(args.scale);
+        for (i64 k = 0; k < args.width; k++) s += query_at<T>(args, i, k) * key_at<T>(args, j, k);
+        s *= *static_cast<const T*>(args.scale);
         if (s > shift) {
             mass = mass * exponential(shift - s) + T(1);
             shift = s;
@@ -432,12 +451,10 @@ NIBS_DEVICE void plain_weights(const TileArgs& args) {
     const i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= args.rows * args.columns) return;
     const i64 i = at / args.columns, j = at % args.columns;
-    const T* queries = static_cast<const T*>(args.queries);
-    const T* keys = static_cast<const T*>(args.keys);
     T s = 0;
-    for (i64 k = 0; k < args.width; k++) s += queries[i * args.query_row + k * args.query_step] * keys[j * args.key_row + k * args.key_step];
-    if (args.scale) s *= *static_cast<const T*>(args.scale);
-    const bool designated = args.target && args.target[i] == j;
+    for (i64 k = 0; k < args.width; k++) s += query_at<T>(args, i, k) * key_at<T>(args, j, k);
+    s *= *static_cast<const T*>(args.scale);
+    const bool designated = designated_of(args, i) == j;
     const auto side = [&](const void* factor, const void* shift, const void* target, i64 where) {
         const T share = static_cast<const T*>(factor)[where] * exponential(s - static_cast<const T*>(shift)[where]);
         return share - (designated ? static_cast<const T*>(target)[where] : T(0));
@@ -460,6 +477,8 @@ NIBS_KERNEL(nibs_merge_float32, nibs::MergeArgs, 128) { nibs::merge<float>(args)
 NIBS_KERNEL(nibs_merge_float64, nibs::MergeArgs, 128) { nibs::merge<double>(args); }
 NIBS_KERNEL(nibs_scatter_float32, nibs::ScatterArgs, 128) { nibs::scatter<float>(args); }
 NIBS_KERNEL(nibs_scatter_float64, nibs::ScatterArgs, 128) { nibs::scatter<double>(args); }
+NIBS_KERNEL(nibs_poison_float32, nibs::PoisonArgs, 128) { nibs::poison<float>(args); }
+NIBS_KERNEL(nibs_poison_float64, nibs::PoisonArgs, 128) { nibs::poison<double>(args); }
 NIBS_KERNEL(nibs_plain_lse_float32, nibs::TileArgs, 128) { nibs::plain_lse<float>(args); }
 NIBS_KERNEL(nibs_plain_lse_float64, nibs::TileArgs, 128) { nibs::plain_lse<double>(args); }
 NIBS_KERNEL(nibs_plain_weights_float32, nibs::TileArgs, 128) { nibs::plain_weights<float>(args); }
