@@ -5,10 +5,10 @@
     weights     panels, weights of both sides -> g [r, pitch], in the dtype of the inputs
     sigmoid     panels -> row sums of softplus and of g, and g, in one pass
 
-Two families run the same three. `ampere` (mma.sync, cp.async; every NVIDIA GPU from sm_80 on, and the host runner) takes
-bfloat16, float16, and float32 as tf32 with three products or one. `hopper` (wgmma, bulk copies; sm_90a, and the host
-runner) takes bfloat16 and float16. What neither takes, `why_not` says in a sentence, and the general
-kernels of tiles.py run it.
+Two families run the same three. `ampere` (mma.sync, cp.async: every NVIDIA GPU from sm_80 on, and the host runner)
+takes bfloat16, float16, and float32 as tf32 with three products. `hopper` (wgmma, bulk copies: sm_90a, and the
+host runner) takes bfloat16 and float16. What neither takes, `why_not` says in a sentence, and the general kernels of
+tiles.py run it.
 
 Arguments of kernels are structs of 8-byte fields; the dtypes below have them in the kernels' order. The same
 computations in plain NumPy are in plain.py.
@@ -39,8 +39,8 @@ FORMATS = {
     ("float16", "highest"): "float16",
     ("float32", "high"): "tf32x3",
 }
-PACK = {"bfloat16": "nibs_pack_2", "float16": "nibs_pack_2", "tf32": "nibs_pack_4_tf32", "tf32x3": "nibs_pack_4"}
-BYTES = {"bfloat16": 2, "float16": 2, "tf32": 4, "tf32x3": 4}
+PACK = {"bfloat16": "nibs_pack_2", "float16": "nibs_pack_2", "tf32x3": "nibs_pack_4"}
+BYTES = {"bfloat16": 2, "float16": 2, "tf32x3": 4}
 
 
 def _struct(*names: str) -> np.dtype[Any]:
@@ -68,15 +68,23 @@ SIGMOID_ARGS = _struct(
 
 @dataclass(frozen=True)
 class Family:
-    """How one family cuts a macro tile. height, width: of a thread block's tile of statistics. stages: of its ring."""
+    """How one family cuts a macro tile.
+
+    height, width: of the tiles that have a maximum of their own. block_height: of a thread block's tile. shared:
+    bytes of dynamic shared memory. arch: what its kernels are compiled for, None for any. stays: thread blocks
+    take tile after tile, one thread block to a multiprocessor. redo, redo_shared: the kernel that redoes its marked
+    tiles.
+    """
 
     name: str
     height: int
     width: int
+    block_height: int
     threads: int
     shared: int
     arch: str | None
-    redo: str  # the kernel that redoes its marked tiles
+    stays: bool
+    redo: str
     redo_shared: int
 
 
@@ -84,8 +92,17 @@ def _ring(height: int, width: int, stages: int) -> int:
     return stages * (height + width) * SLAB
 
 
+# Signals and scratch of kernels/hopper.cuh, behind the stages: SCRATCH floats for each multiplying warpgroup.
+_HOPPER_REST = 2 * 4 * 8 + 2 * 4 * (2 * 4 + 64 + 4 * 256 + 2 * 256)
 FAMILIES = {
-    "ampere": Family("ampere", 128, 128, 256, _ring(128, 128, 3), None, "nibs_ampere_redo", _ring(128, 128, 3)),
+    "ampere": Family(
+        *("ampere", 128, 128, 128, 256, _ring(128, 128, 3), None, False),
+        *("nibs_ampere_redo", _ring(128, 128, 3)),
+    ),
+    "hopper": Family(
+        *("hopper", 64, 256, 128, 384, _ring(128, 256, 4) + _HOPPER_REST, "sm_90a", True),
+        *("nibs_ampere_redo_tall", _ring(64, 256, 3)),
+    ),
 }
 
 
@@ -103,8 +120,8 @@ class Panels:
 class Pairs:
     """Which pairs of a macro tile are allowed or designated; None is no such rule.
 
-    target `[r]` int64: the designated column, or -1. query_mask `[r]`, key_mask `[c]`: one byte each. query_ids, key_ids:
-    int64; pairs of equal id leave, but for the designated. diagonal: pairs `(i, i + diagonal)` leave.
+    target `[r]` int64: the designated column, or -1. query_mask `[r]`, key_mask `[c]`: one byte each. query_ids,
+    key_ids: int64; pairs of equal id leave, but for the designated. diagonal: pairs `(i, i + diagonal)` leave.
     """
 
     target: Any = None
@@ -135,9 +152,10 @@ def why_not(problem: Problem, dtype: str) -> str | None:
 class FastKernels:
     """One family for one format on one device: `device` is nibs_cupy.device's Cuda or Host."""
 
-    def __init__(self, device: Any, format: str, family: str = "ampere") -> None:
+    def __init__(self, device: Any, format: str, family: str = "ampere", *, processors: int = 2) -> None:
+        """processors: multiprocessors of the device, for kernels that stay."""
         self.device, self.xp, self.format = device, device.xp, format
-        self.family = FAMILIES[family]
+        self.family, self.processors = FAMILIES[family], processors
 
     # -- operands ---------------------------------------------------------------------------------
 
@@ -185,9 +203,10 @@ class FastKernels:
         for name, value in (*given, ("positive", positive)):
             args[name] = self.device.address(value)
         args["row_tiles"], args["column_tiles"] = down, across
-        self._tiles("lse", down, across, args)
+        self._tiles("lse", args)
         redo = f"{family.redo}_{self.format}"
-        self.device.kernel("ampere_lse.cu", redo)(down * across, 256, args, family.redo_shared)
+        if down * across:
+            self.device.kernel("ampere_lse.cu", redo)(down * across, 256, args, family.redo_shared)
         out: list[Any] = []
         for part, length, steps, tile, base, step in (
             (row_part, r, across, family.height, across, 1),
@@ -217,8 +236,7 @@ class FastKernels:
         columns: Weights | None,
         lift: Any,
     ) -> Any:
-        """g `[r, c]` times `lift`, one float32 on the device, a power of two."""
-        down, across = self._grid(queries, keys)
+        """Gradient weights `[r, c]` times `lift`, one float32 on the device, a power of two."""
         args = self._tile(WEIGHTS_ARGS, queries, keys, scale, pairs)
         for side, values in (("row", rows), ("column", columns)):
             if values is None:
@@ -226,7 +244,7 @@ class FastKernels:
             for name, value in (("factor", values.factor), ("shift", values.shift), ("target_weight", values.target)):
                 args[f"{side}_{name}"] = self.device.address(value)
         g = self._output(args, queries.rows, keys.rows, lift)
-        self._tiles("weights", down, across, args)
+        self._tiles("weights", args)
         return g
 
     # -- Sigmoid ----------------------------------------------------------------------------------
@@ -247,7 +265,7 @@ class FastKernels:
 
         factor `[r]`: weight of each row in g (not in the loss), None for 1.
         """
-        down, across = self._grid(queries, keys)
+        across = -(-keys.rows // self.family.width)
         args = self._tile(SIGMOID_ARGS, queries, keys, scale, pairs)
         r = queries.rows
         loss_part, weight_part = self._floats(across, r), self._floats(across, r)
@@ -256,7 +274,7 @@ class FastKernels:
         for name, value in (*given, ("positive", positive)):
             args[name] = self.device.address(value)
         g = self._output(args, r, keys.rows, lift) if grad else None
-        self._tiles("sigmoid", down, across, args)
+        self._tiles("sigmoid", args)
         sums = []
         for part in (loss_part, weight_part):
             sums.append(self._floats(r))
@@ -270,9 +288,6 @@ class FastKernels:
 
     def _floats(self, *shape: int) -> Any:
         return self.xp.empty(shape, self.xp.float32)
-
-    def _grid(self, queries: Panels, keys: Panels) -> tuple[int, int]:
-        return -(-queries.rows // self.family.height), -(-keys.rows // self.family.width)
 
     def _output(self, args: Any, r: int, c: int, lift: Any) -> Any:
         """Rows of g begin at multiples of 16 bytes, and whole runs of 8 columns are written."""
@@ -294,13 +309,13 @@ class FastKernels:
         args["rows"], args["columns"] = queries.rows, keys.rows
         return args
 
-    def _tiles(self, what: str, down: int, across: int, args: Any) -> None:
+    def _tiles(self, what: str, args: Any) -> None:
         family = self.family
-        kind = "lse" if what == "lse" else "weights"
-        kernel = self.device.kernel(
-            f"{family.name}_{kind}.cu", f"nibs_{family.name}_{what}_{self.format}", arch=family.arch
-        )
-        kernel(down * across, family.threads, args, family.shared)
+        tiles = -(-int(args["rows"][0]) // family.block_height) * -(-int(args["columns"][0]) // family.width)
+        file = f"{family.name}_lse.cu" if what == "lse" else f"{family.name}_weights.cu"
+        kernel = self.device.kernel(file, f"nibs_{family.name}_{what}_{self.format}", arch=family.arch)
+        if tiles:
+            kernel(min(tiles, self.processors) if family.stays else tiles, family.threads, args, family.shared)
 
     def _over(self, items: int, threads: int, file: str, name: str, args: Any) -> None:
         if items:

@@ -14,7 +14,7 @@ __all__ = ["plain_allowed", "plain_fold", "plain_lse", "plain_pack", "plain_sigm
 
 
 def plain_pack(rows: Any, mask: Any, padded_rows: int, slabs: int) -> Any:
-    """`[padded_rows * slabs * 128]` bytes: panels of 128 rows x 128 bytes, 16-byte chunk c of row r at `c ^ (r % 8)`."""
+    """Panels of 128 rows x 128 bytes, `[padded_rows * slabs * 128]`: chunk c of 16 bytes of row r at `c ^ (r % 8)`."""
     count, dim = rows.shape
     size = rows.dtype.itemsize
     wide = np.zeros((padded_rows, slabs * 128 // size), rows.dtype)
@@ -53,16 +53,17 @@ def _logits(queries: Any, keys: Any, scale: float, pairs: Any, bias: float = 0.0
 
 
 def plain_lse(queries: Any, keys: Any, scale: float, pairs: Any) -> tuple[Any, Any, Any]:
-    """`(lse of rows, lse of columns, positive)`, natural; -inf where nothing is allowed, 0 where there is no positive."""
+    """`(lse of rows, lse of columns, positive)`, natural; -inf where nothing is allowed, 0 where no positive is."""
     logits = _logits(queries, keys, scale, pairs)
     found = _designated(*logits.shape, pairs)
     return np.logaddexp.reduce(logits, 1), np.logaddexp.reduce(logits, 0), np.where(found, logits, 0).sum(1)
 
 
 def plain_fold(part: Any, shift: Any, mark: Any) -> Any:
-    """lse of `[steps, length]` parts, whose tiles' shift and mark are `[steps, length]` too."""
+    """Log-sum-exp of `[steps, length]` parts, whose tiles' shift and mark are `[steps, length]` too."""
+    sums = np.where(mark != 0, 1.0, part.astype(np.float64))
     with np.errstate(divide="ignore"):
-        each = np.where(mark != 0, part.astype(np.float64), shift + np.log2(part.astype(np.float64)))
+        each = np.where(mark != 0, part, shift + np.log2(sums))
     return np.logaddexp2.reduce(each, 0) * np.log(2.0)
 
 
@@ -84,7 +85,7 @@ def plain_weights(queries: Any, keys: Any, scale: float, pairs: Any, rows: Any, 
 def plain_sigmoid(
     queries: Any, keys: Any, scale: float, bias: float, pairs: Any, factor: Any = None
 ) -> tuple[Any, Any, Any, Any]:
-    """`(loss, weight, positive, g)`: row sums of softplus (without the factor) and of g, positives' logits, g `[r, c]`."""
+    """`(loss, weight, positive, g)`: row sums of softplus (no factor in it) and of g, positives' logits, g `[r, c]`."""
     logits = _logits(queries, keys, scale, pairs, bias)
     found = _designated(*logits.shape, pairs)
     signed = np.where(found, -logits, logits)

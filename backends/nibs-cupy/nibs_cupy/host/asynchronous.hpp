@@ -64,6 +64,8 @@ struct Asynchronous {
         std::vector<Multiply> under_way;
         std::map<float*, std::vector<float>> real;  // the sums of each thread, while its registers show NaN
         unsigned committed = 0;
+        int pending = -1;         // of the wait that all its threads have reached, or -1
+        unsigned long waits = 0;  // that are over
         bool fenced = false;
         int registers = 0;
     };
@@ -79,6 +81,7 @@ struct Asynchronous {
     std::string wrong;                 // what `at_end` found
 
     Asynchronous() : shown(ARENA, UNWRITTEN) {
+        on_idle([this] { return complete_products(); });
         on_idle([this] { return complete_bulk(); });
         at_end([this] { return left_over(); });
     }
@@ -149,6 +152,31 @@ struct Asynchronous {
         for (const auto& one : warpgroups)
             if (!one.second.under_way.empty()) return say("warpgroup %u has products that it never waited for", one.first);
         return nullptr;
+    }
+
+    // What a warpgroup waits for, once nobody else can go on: whoever may overwrite its operands has done so.
+    bool complete_products() {
+        for (auto& one : warpgroups)
+            if (one.second.pending >= 0) {
+                complete(one.second, (unsigned)one.second.pending);
+                return true;
+            }
+        return false;
+    }
+
+    void complete(Warpgroup& group, unsigned pending) {
+        size_t kept = 0;
+        for (auto& one : group.under_way) {
+            if (!one.group || one.group + pending > group.committed) group.under_way[kept++] = one;
+            else if (latest()) multiply(one, group);
+        }
+        group.under_way.resize(kept);
+        group.pending = -1;
+        group.waits++;
+        if (pending == 0) group.fenced = false;
+        if (kept) return;
+        for (auto& one : group.real) memcpy(one.first, one.second.data(), sizeof(float) * 128);
+        group.real.clear();
     }
 
     // -- wgmma --------------------------------------------------------------------------------------
@@ -460,21 +488,15 @@ static inline void multiply_group(Tf32, float (&c)[128], u64 a, u64 b, const cha
 }
 template <int PENDING>
 static inline void group_wait(float (&)[128], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    auto& group = nibs_host::asynchronous().warpgroups[nibs_host::warpgroup()];
+    const unsigned long before = group.waits;
     warpgroup_together(
-        [](nibs_host::Asynchronous::Warpgroup& group) {
-            auto& all = nibs_host::asynchronous();
-            size_t kept = 0;
-            for (auto& one : group.under_way) {
-                if (!one.group || one.group + PENDING > group.committed) group.under_way[kept++] = one;
-                else if (nibs_host::latest()) all.multiply(one, group);
-            }
-            group.under_way.resize(kept);
-            if (PENDING == 0) group.fenced = false;
-            if (kept) return;
-            for (auto& one : group.real) memcpy(one.first, one.second.data(), sizeof(float) * 128);
-            group.real.clear();
+        [](nibs_host::Asynchronous::Warpgroup& mine) {
+            if (nibs_host::latest()) mine.pending = PENDING;
+            else nibs_host::asynchronous().complete(mine, PENDING);
         },
         file, line);
+    nibs_host::wait([&group, before] { return group.waits != before; }, file, line);
 }
 
 }  // namespace nibs

@@ -62,7 +62,7 @@ NIBS_DEVICE void sigmoid_tile(const SigmoidArgs& args, u8* shared) {
     NIBS_UNROLL
     for (int i = 0; i < 64; i++) s[i] = fmaf(s[i], scale, bias);
     leave_out(s, args.pairs, place);
-    each_designated(s, args.pairs, place, [&](float& value, int, int, i64 i, i64) { args.positive[i] = value; });
+    each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value; });
     sigmoid(s, args.pairs, args.factor, args.out.g ? *args.out.lift : 1.0f, args.loss_part, args.weight_part, place, reinterpret_cast<float*>(shared));
     if (args.out.g) store<Format>(s, args.pairs, args.out, place);
 }
@@ -83,5 +83,4 @@ using namespace nibs;
 
 NIBS_WEIGHTS(bfloat16, Bfloat16)
 NIBS_WEIGHTS(float16, Float16)
-NIBS_WEIGHTS(tf32, Tf32)
 NIBS_WEIGHTS(tf32x3, Tf32Thrice)

@@ -38,14 +38,16 @@ typedef unsigned long long u64;
 // The number formats of operands; a slab is 128 bytes of a row.
 struct Bfloat16 { typedef u16 Store; };
 struct Float16 { typedef u16 Store; };
-struct Tf32 { typedef float Store; };       // float32 rounded to 10 bits: one product
-struct Tf32Thrice { typedef float Store; };  // split into two such parts: three products, about float32
+struct Tf32 { typedef float Store; };        // float32, of which 10 bits are looked at
+struct Tf32Thrice { typedef float Store; };  // float32 split into two such parts: three products
 
 }  // namespace nibs
 
 #if NIBS_HOST
+#define NIBS_ROLL
 #include "asynchronous.hpp"  // found by -I ../host
 #else
+#define NIBS_ROLL _Pragma("unroll 1")
 
 namespace nibs {
 

@@ -9,8 +9,7 @@
 // content is never read, so a NaN in it goes no further.
 //
 //     nibs_pack_2         16-bit elements as they are
-//     nibs_pack_4         32-bit elements as they are (tf32 split in registers)
-//     nibs_pack_4_tf32    rounded to tf32, ties away from zero, as cvt.rna does
+//     nibs_pack_4         32-bit elements as they are; the kernels split them
 //
 // One thread a chunk. Bytes: read rows * dim elements, written as many, rounded up.
 // The plain twin is `plain_pack` in ../plain.py.
@@ -31,7 +30,7 @@ struct Chunk {
 };
 
 // Eight neighbours of two bytes to a chunk, or four of four.
-template <class Element, bool ROUND>
+template <class Element>
 NIBS_DEVICE void pack(const PackArgs& args) {
     constexpr int EACH = 16 / sizeof(Element);
     const i64 chunk = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -43,8 +42,7 @@ NIBS_DEVICE void pack(const PackArgs& args) {
     NIBS_UNROLL
     for (int k = 0; k < EACH; k++) {
         const i64 column = within * EACH + k;
-        unsigned bits = here && column < args.dim ? from[column * args.column_stride] : 0;
-        if (ROUND && (bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & 0xffffe000u;  // not infinity, not NaN
+        const unsigned bits = here && column < args.dim ? from[column * args.column_stride] : 0;
         if (sizeof(Element) == 2) made.words[k / 2] |= bits << 16 * (k & 1);
         else made.words[k & 3] = bits;
     }
@@ -56,6 +54,5 @@ NIBS_DEVICE void pack(const PackArgs& args) {
 
 using namespace nibs;
 
-NIBS_KERNEL(nibs_pack_2, PackArgs, 256) { pack<unsigned short, false>(args); }
-NIBS_KERNEL(nibs_pack_4, PackArgs, 256) { pack<unsigned, false>(args); }
-NIBS_KERNEL(nibs_pack_4_tf32, PackArgs, 256) { pack<unsigned, true>(args); }
+NIBS_KERNEL(nibs_pack_2, PackArgs, 256) { pack<unsigned short>(args); }
+NIBS_KERNEL(nibs_pack_4, PackArgs, 256) { pack<unsigned>(args); }

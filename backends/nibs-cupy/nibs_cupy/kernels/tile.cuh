@@ -177,38 +177,35 @@ NIBS_DEVICE void each(float (&s)[MF * NF * 4], Work&& work) {
 }
 
 // Forbidden pairs become -infinity: exp2 of it is 0, its softplus is 0, its weight is 0. NaN of an absent row goes too.
+// Which they are is gathered into bits first, by loops that stay loops: unrolled into each of the sums this would be
+// most of the kernel.
 template <int MF, int NF, int WM, int WN>
 NIBS_DEVICE void leave_out(float (&s)[MF * NF * 4], const Pairs& pairs, const Place<MF, NF, WM, WN>& place) {
     typedef Place<MF, NF, WM, WN> Where;
     if (pairs.whole(place.first_row(), place.first_column(), Where::HEIGHT, Where::WIDTH)) return;
-    u32 here = 0;  // a bit for each of this thread's rows
+    constexpr int AT_ONCE = NF < 8 ? NF : 8;  // fragments of 4 bits each in a word
     NIBS_UNROLL
     for (int m = 0; m < MF; m++) {
         NIBS_UNROLL
-        for (int h = 0; h < 2; h++) here |= (u32)pairs.row_is_here(place.row(m, h)) << (2 * m + h);
-    }
-    NIBS_UNROLL
-    for (int n = 0; n < NF; n++) {
-        NIBS_UNROLL
-        for (int e = 0; e < 2; e++) {
-            const i64 j = place.column(n, e);
-            const bool column_here = pairs.column_is_here(j);
+        for (int part = 0; part < NF; part += AT_ONCE) {
+            u32 allowed = 0;
+            NIBS_ROLL
+            for (int bit = 0; bit < 4 * AT_ONCE; bit++) {
+                const i64 i = place.row(m, bit >> 1 & 1), j = place.column(part + bit / 4, bit & 1);
+                bool yes = pairs.row_is_here(i) && pairs.column_is_here(j) && j - i != pairs.diagonal;
+                if (yes && pairs.query_ids && pairs.query_ids[i] == pairs.key_ids[j]) yes = pairs.designated(i) == j;
+                allowed |= (u32)yes << bit;
+            }
             NIBS_UNROLL
-            for (int m = 0; m < MF; m++) {
-                NIBS_UNROLL
-                for (int h = 0; h < 2; h++) {
-                    bool allowed = column_here && (here >> (2 * m + h) & 1);
-                    const i64 i = place.row(m, h);
-                    if (allowed && pairs.query_ids && pairs.query_ids[i] == pairs.key_ids[j]) allowed = pairs.designated(i) == j;
-                    if (j - i == pairs.diagonal) allowed = false;
-                    if (!allowed) s[(m * NF + n) * 4 + 2 * h + e] = minus_infinity();
-                }
+            for (int bit = 0; bit < 4 * AT_ONCE; bit++) {
+                float& value = s[(m * NF + part) * 4 + bit];
+                if (!(allowed >> bit & 1)) value = minus_infinity();
             }
         }
     }
 }
 
-// Calls work(value, m, h, i, j) for each designated pair that this thread holds: at most one in a row.
+// For each designated pair that this thread holds, at most one in a row: value = work(value, i, j, slot), slot counting this thread's rows.
 template <int MF, int NF, int WM, int WN, class Work>
 NIBS_DEVICE void each_designated(float (&s)[MF * NF * 4], const Pairs& pairs, const Place<MF, NF, WM, WN>& place, Work&& work) {
     if (!pairs.target) return;
@@ -216,13 +213,17 @@ NIBS_DEVICE void each_designated(float (&s)[MF * NF * 4], const Pairs& pairs, co
     for (int m = 0; m < MF; m++) {
         NIBS_UNROLL
         for (int h = 0; h < 2; h++) {
-            const i64 i = place.row(m, h), j = pairs.designated(i), within = j - place.column(0, 0);
-            if (within < 0 || within >= NF * 8 || within % 8 > 1) continue;  // in another warp's columns, or another thread's
+            const i64 i = place.row(m, h), j = pairs.designated(i), from = j - place.column(0, 0);
+            if (from < 0 || from >= NF * 8 || from % 8 > 1) continue;  // in another warp's columns, or another thread's
+            const int within = (int)from;
+            float value = 0.0f;
             NIBS_UNROLL
-            for (int n = 0; n < NF; n++) {
-                NIBS_UNROLL
-                for (int e = 0; e < 2; e++)
-                    if (within == 8 * n + e) work(s[(m * NF + n) * 4 + 2 * h + e], m, h, i, j);
+            for (int k = 0; k < NF * 2; k++) value = within == k / 2 * 8 + k % 2 ? s[(m * NF + k / 2) * 4 + 2 * h + k % 2] : value;
+            value = work(value, i, j, 2 * m + h);
+            NIBS_UNROLL
+            for (int k = 0; k < NF * 2; k++) {
+                float& one = s[(m * NF + k / 2) * 4 + 2 * h + k % 2];
+                one = within == k / 2 * 8 + k % 2 ? value : one;
             }
         }
     }
@@ -529,37 +530,47 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
             }
         }
     }
-    each_designated(s, pairs, place, [&](float& value, int, int, i64 i, i64 j) {
+    each_designated(s, pairs, place, [&](float value, i64 i, i64 j, int) {
         float target = 0.0f;
         if (rows.factor) target += rows.target[i];
         if (columns.factor) target += columns.target[j];
-        value -= target * lift;
+        return value - target * lift;
     });
 }
 
 // -- sigmoid ------------------------------------------------------------------------------------------
 
+// log(1 + w) for w from 0 to 15, to some 4 units in the last place: 2 atanh(w / (2 + w)) as a series while w is small,
+// where 1 + w would lose it, and the instruction from there on. No branch, few registers.
+NIBS_DEVICE float log1p_fast(float w) {
+    const float z = __fdividef(w, 2.0f + w), square = z * z;
+    const float series = fmaf(square, fmaf(square, fmaf(square, fmaf(square, 2.0f / 9, 2.0f / 7), 2.0f / 5), 2.0f / 3), 2.0f) * z;
+    return w < 0.5f ? series : __logf(1.0f + w);
+}
+
 // With t = s on negatives and -s on positives, in place of s: g = factor sigmoid(t), negative on positives. Row sums of
 // softplus(t), without the factor, and of g: loss_part, weight_part [column tiles, rows]; either may be null.
 //
 // softplus(t) = max(t, 0) + log(1 + e), e = exp(-|t|): 1 + e loses an e below 1e-7, and there are millions of such. So four
-// pairs are taken together: their product of (1 + e) less 1 is formed without ever adding the 1, and goes to log1p. One
+// pairs are taken together: their product of (1 + e) less 1 is formed without ever adding the 1, and goes to log1p_fast. One
 // reciprocal of the product, times the other factors, gives each pair's 1 / (1 + e).
 template <int MF, int NF, int WM, int WN>
 NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const float* factor, float lift, float* loss_part, float* weight_part,
                          const Place<MF, NF, WM, WN>& place, float* scratch) {
     typedef Place<MF, NF, WM, WN> Where;
     float losses[MF * 2], weights[MF * 2];
-    each_designated(s, pairs, place, [&](float& value, int, int, i64, i64) { value = -value; });
+    const float drop = 1.0f / lift;  // exact: a power of two
+    each_designated(s, pairs, place, [&](float value, i64, i64, int) { return -value; });
     NIBS_UNROLL
     for (int m = 0; m < MF; m++) {
         NIBS_UNROLL
         for (int h = 0; h < 2; h++) {
-            float loss = 0.0f;
+            const i64 i = place.row(m, h);
+            const float own = (factor ? (i < pairs.rows ? factor[i] : 0.0f) : 1.0f) * lift;
+            float loss = 0.0f, weight = 0.0f;
             NIBS_UNROLL
             for (int n = 0; n < NF; n += 2) {
-                float one[4];  // 1 + e
-                float small[4];
+                float one[4], small[4];  // 1 + e, and e
                 NIBS_UNROLL
                 for (int k = 0; k < 4; k++) {
                     const float t = s[(m * NF + n + k / 2) * 4 + 2 * h + (k & 1)];
@@ -568,39 +579,26 @@ NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const floa
                     loss += t > 0.0f ? t : 0.0f;
                 }
                 const float w01 = small[0] + small[1] + small[0] * small[1], w23 = small[2] + small[3] + small[2] * small[3];
-                loss += log1pf(w01 + w23 + w01 * w23);
-                const float p01 = one[0] * one[1], p23 = one[2] * one[3], inverse = __fdividef(1.0f, p01 * p23);
+                loss += log1p_fast(w01 + w23 + w01 * w23);
+                const float p01 = one[0] * one[1], p23 = one[2] * one[3], inverse = __fdividef(own, p01 * p23);
                 const float others[4] = {one[1] * p23, one[0] * p23, one[3] * p01, one[2] * p01};
                 NIBS_UNROLL
                 for (int k = 0; k < 4; k++) {
                     float& t = s[(m * NF + n + k / 2) * 4 + 2 * h + (k & 1)];
                     t = (t < 0.0f ? small[k] : 1.0f) * (others[k] * inverse);
+                    weight += t;
                 }
             }
             losses[2 * m + h] = loss;
-        }
-    }
-    each_designated(s, pairs, place, [&](float& value, int, int, i64, i64) { value = -value; });
-    NIBS_UNROLL
-    for (int m = 0; m < MF; m++) {
-        NIBS_UNROLL
-        for (int h = 0; h < 2; h++) {
-            const i64 i = place.row(m, h);
-            const float own = factor ? (i < pairs.rows ? factor[i] : 0.0f) : 1.0f;
-            float weight = 0.0f;
-            NIBS_UNROLL
-            for (int n = 0; n < NF; n++) {
-                NIBS_UNROLL
-                for (int e = 0; e < 2; e++) {
-                    float& value = s[(m * NF + n) * 4 + 2 * h + e];
-                    value *= own;
-                    weight += value;
-                    value *= lift;
-                }
-            }
             weights[2 * m + h] = weight;
         }
     }
+    each_designated(s, pairs, place, [&](float value, i64, i64, int slot) {
+        weights[slot] -= 2.0f * value;
+        return -value;
+    });
+    NIBS_UNROLL
+    for (int k = 0; k < MF * 2; k++) weights[k] *= drop;
     float *loss_strip = place.of_rows(scratch), *weight_strip = place.of_columns(scratch);
     static_assert(WN * Where::HEIGHT <= WM * Where::WIDTH + 2 * Where::WIDTH, "the second strip fits behind the first");
     place.group.meet_all();  // of the tile before

@@ -1,0 +1,82 @@
+// Gradient weights, written once in the dtype of the inputs, for the two products that follow: Hopper (sm_90a), wgmma.
+//
+//     nibs_hopper_weights_FORMAT     g of InfoNCE, from recomputed logits and the lse of rows and columns
+//     nibs_hopper_sigmoid_FORMAT     g of the sigmoid loss, and the loss, in one pass
+//
+// As many thread blocks as there are multiprocessors; the tiles and what becomes of them as in hopper.cuh, the
+// arguments and the rounding as in ampere_weights.cu. While one warpgroup stores, the other multiplies.
+//
+// Cost for r x c pairs of width d: 2 r c d flops, r c exponentials; written r c elements of g.
+// The plain twins are `plain_weights` and `plain_sigmoid` in ../plain.py.
+#include "hopper.cuh"
+
+namespace nibs {
+
+struct WeightsArgs {
+    const u8* queries;
+    const u8* keys;
+    i64 slabs;
+    const float* scale;
+    Pairs pairs;
+    Side of_rows, of_columns;
+    Output out;
+};
+
+// bias: one float. factor [rows], or null: 1. loss_part, weight_part: see tile.cuh. g null: only the loss.
+struct SigmoidArgs {
+    const u8* queries;
+    const u8* keys;
+    i64 slabs;
+    const float* scale;
+    const float* bias;
+    Pairs pairs;
+    const float* factor;
+    float* loss_part;
+    float* weight_part;
+    float* positive;
+    Output out;
+};
+
+template <class Format>
+NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
+    const float scale = *args.scale * LOG2E, lift = *args.out.lift;
+    hopper_tiles<Format>(args, shared, [&](float (&s)[128], const HopperPlace& place, float* scratch) {
+        if (place.first_row() >= args.pairs.rows) return;
+        NIBS_UNROLL
+        for (int i = 0; i < 128; i++) s[i] *= scale;
+        leave_out(s, args.pairs, place);
+        gradient(s, args.pairs, args.of_rows, args.of_columns, lift, place, scratch);
+        store<Format>(s, args.pairs, args.out, place);
+    });
+}
+
+template <class Format>
+NIBS_DEVICE void sigmoid_tiles(const SigmoidArgs& args, u8* shared) {
+    hopper_tiles<Format>(args, shared, [&](float (&s)[128], const HopperPlace& place, float* scratch) {
+        if (place.first_row() >= args.pairs.rows) return;
+        const float scale = *args.scale, bias = *args.bias, lift = args.out.g ? *args.out.lift : 1.0f;  // a register less each
+        NIBS_UNROLL
+        for (int i = 0; i < 128; i++) s[i] = fmaf(s[i], scale, bias);
+        leave_out(s, args.pairs, place);
+        each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value; });
+        sigmoid(s, args.pairs, args.factor, lift, args.loss_part, args.weight_part, place, scratch);
+        if (args.out.g) store<Format>(s, args.pairs, args.out, place);
+    });
+}
+
+}  // namespace nibs
+
+using namespace nibs;
+
+#define NIBS_WEIGHTS(format, Format)                                      \
+    NIBS_KERNEL(nibs_hopper_weights_##format, WeightsArgs, THREADS) {     \
+        NIBS_SHARED_DYNAMIC(u8, shared);                                  \
+        weights<Format>(args, shared);                                    \
+    }                                                                     \
+    NIBS_KERNEL(nibs_hopper_sigmoid_##format, SigmoidArgs, THREADS) {     \
+        NIBS_SHARED_DYNAMIC(u8, shared);                                  \
+        sigmoid_tiles<Format>(args, shared);                              \
+    }
+
+NIBS_WEIGHTS(bfloat16, Bfloat16)
+NIBS_WEIGHTS(float16, Float16)
