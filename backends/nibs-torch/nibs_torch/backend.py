@@ -25,6 +25,7 @@ from nibs.schedule import Call
 from nibs.spec import Backend, Gradients, Stats
 from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
+from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
 from nibs_torch.tiles import DTYPES, TorchTiles
 from nibs_torch.whole import whole
 
@@ -117,6 +118,8 @@ class TorchBackend(Backend):
         return as_ring(handle)
 
     def tile_hint(self, device: str, dtype: str) -> TileHint:
+        if kernel_for(device, dtype) == "triton":
+            return hints(device, dtype)[0]
         return CPU_HINT if device.startswith("cpu") else DEVICE_HINT
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
@@ -204,7 +207,9 @@ COMPILED = tracing.CompiledKernels()
 def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Call:
     with joining(request.ring or SOLO):  # where the call was compiled, nobody has told the peers of an error yet
         plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
-        tiles = TorchTiles(request.dtype, request.queries.device)
+        device = request.queries.device
+        fused = plan.kernel == "triton"
+        tiles = FusedTiles(request.dtype, device, request.precision) if fused else TorchTiles(request.dtype, device)
         return Call(request, tiles, plan, request.ring, hold=hold)
 
 
@@ -212,12 +217,16 @@ def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     """The call as one tile, where it is one and asks for nothing else."""
     if request.device != "cpu" or request.n > CPU_HINT.rows or request.m > CPU_HINT.columns:
         return None
+    if kernel_for(request.device, request.dtype, request.plan) != "torch":
+        return None
     return whole(request, grad=grad)
 
 
 def _plan(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Any:
     hint = CPU_HINT if request.device == "cpu" else DEVICE_HINT
     size = 1 if request.ring is None else request.ring.size
+    if kernel_for(request.device, request.dtype, request.plan) == "triton":
+        return fused_plan(request, grad=grad, hold=hold, deferred=deferred, ring_size=size)
     return plan_request(request, hint, grad=grad, hold=hold, deferred=deferred, ring_size=size)
 
 

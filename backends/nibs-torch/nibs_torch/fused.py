@@ -1,0 +1,707 @@
+"""The three verbs over fused Triton kernels, for GPUs; and who may use them.
+
+    verb         launches, for one macro tile (r queries by c keys)
+    tile_lse     lse, repair: partial statistics of rows and columns; logits are never written unless they are kept
+    merge_lse    fold: partial statistics into the running ones, in the order of the tiles
+    tile_grad    weights, wide: `G [r, c]` in the input's dtype; then the library's `G K` and `G^T Q`
+    Sigmoid      sigmoid: loss and G from one pass, kept from tile_lse for tile_grad
+
+The rows come as they are, in their own dtype and strides; scale and masks are applied in the kernels. Only absent rows
+(zero, for the products), mixed dtypes and TF32 (rounded) make copies. Nothing here waits for the device, so a call
+whose options need no look at values can be captured in a CUDA graph.
+
+`why_not` says in a sentence why a call cannot run here; `asked` reads what the caller wants: NIBS_TORCH_KERNEL=triton
+(or torch), or the `kernel` of an explicit plan. What was asked for is done or refused, never replaced. On CPU tensors
+the kernels run under Triton's interpreter (TRITON_INTERPRET=1), when asked for: slow, exact, and what the tests use.
+
+Refused: float64, which the plain path computes on any device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nibs.errors import InvalidInput, Unsupported
+from nibs.plan import Plan, TileHint, plan_request
+from nibs.request import Request
+from nibs.verbs import Lse, Problem, Tile, Weights
+from nibs_torch.precision import products
+from nibs_torch.tiles import DTYPES, TorchTiles
+
+__all__ = ["FusedTiles", "asked", "fused_plan", "hints", "kernel_for", "why_not"]
+
+KERNELS = ("torch", "triton")
+OLDEST = (8, 0)  # compute capability: bfloat16, and 10-bit float32 products
+FOLD = 64  # rows of a program that folds
+
+
+def asked(plan: Any) -> str | None:
+    """The kernel that the caller names: by an explicit plan, else by NIBS_TORCH_KERNEL; None leaves it to us."""
+    name = plan.kernel if plan is not None and plan.kernel in KERNELS else os.environ.get("NIBS_TORCH_KERNEL", "")
+    if not name:
+        return None
+    if name not in KERNELS:
+        raise InvalidInput(f"NIBS_TORCH_KERNEL={name!r}: expected one of {', '.join(KERNELS)}.")
+    return name
+
+
+def kernel_for(device: str, dtype: str, plan: Any = None) -> str:
+    """`"triton"` or `"torch"`: who computes the tiles. On a GPU the fused kernels where they can, if nobody says else.
+
+    Raises Unsupported where `"triton"` was asked for and cannot serve.
+    """
+    name = asked(plan)
+    if name == "torch" or (name is None and not device.startswith("cuda")):
+        return "torch"
+    sentence = why_not(device, dtype)
+    if sentence is None:
+        return "triton"
+    if name is None:
+        return "torch"
+    raise Unsupported(
+        f"the fused Triton kernels were asked for ({'plan.kernel' if plan is not None else 'NIBS_TORCH_KERNEL'}="
+        f"'triton'), and cannot serve this call: {sentence}. Leave it out to let the plain path serve."
+    )
+
+
+def why_not(device: str, dtype: str) -> str | None:
+    """Why the fused kernels cannot serve this dtype on this device, in a sentence; None if they can."""
+    if dtype == "float64":
+        return "they take float32, bfloat16 and float16, and this call is in float64"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed here (it comes with PyTorch's CUDA builds; else: pip install triton)"
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        if interpreted():
+            return None
+        return "on a CPU they run only under Triton's interpreter: start Python with TRITON_INTERPRET=1"
+    if kind != "cuda":
+        return f"they run on CUDA and ROCm devices, and this call is on {device!r}"
+    return _too_old(device)
+
+
+@lru_cache(maxsize=64)
+def _too_old(device: str) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST:
+        return f"they need compute capability 8.0, and {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels here. Triton reads this when kernels are defined: set it before the start."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def hints(device: str, dtype: str, d: int = 768) -> list[TileHint]:
+    """Macro tiles for the planner, the best first: whole waves of the card, from the default budget down."""
+    from nibs_torch.kernels import tuning
+
+    place = torch.device(device)
+    card = tuning.card_of(place)
+    item = DTYPES[dtype].itemsize
+    # G; partial sums of up to seven fields a side and their shifts; a little for rows that are padded to 16 bytes.
+    least = min(min(one.rows, one.columns) for one in tuning.choices(card.arch, "lse", item))
+    buffers = item / 4 + 8 / least
+    masked = item / 4 + 20 / least
+    sides = [(4096, 4096)] if card.arch == "interpreter" else tuning.macro_tiles(d, item, card.sms, AREA // item)
+    return [
+        TileHint(rows=rows, columns=columns, buffers=buffers, masked=masked, kernel="triton", copies=False)
+        for rows, columns in sides
+    ]
+
+
+def fused_plan(request: Request, **options: Any) -> Plan:
+    """The plan of the first macro tile that fits the request's budget as it is; of the smallest, cut, if none does."""
+    found: Any = None
+    for hint in hints(request.device, request.dtype, request.d):
+        found = plan_request(request, hint, **options)
+        whole = min(hint.rows, max(request.n, 1)), min(hint.columns, max(request.m, 1))
+        if request.plan is not None or (found.query_tile, found.key_tile) == whole:
+            return found  # type: ignore[no-any-return]
+    return found  # type: ignore[no-any-return]
+
+
+AREA = 256 << 20  # bytes of the largest weights that are planned
+
+
+@dataclass(slots=True)
+class Partial:
+    """Statistics of a macro tile's rows (or columns), a sum for each tile they pass through. See `kernels.lse`.
+
+    names: of the fields in `sums [fields, parts, size]`. positives [size]: logits of designated ones, or None. own
+    [parts, size], shifts, marks: of tiles; `strides` between parts and between tiles of `tile` rows.
+    """
+
+    names: list[str]
+    sums: Any
+    size: int
+    parts: int
+    positives: Any = None
+    own: Any = None
+    shifts: Any = None
+    marks: Any = None
+    strides: tuple[int, int] = (0, 0)
+    tile: int = FOLD
+
+
+@dataclass(slots=True)
+class Made:
+    """Weights that the sigmoid made beside its loss: G, the lift of float16, and sums of its tiles."""
+
+    g: Any
+    lift: Any
+    product: Any
+    total: Any
+
+
+class FusedTiles(TorchTiles):
+    """The verbs for one call: `TorchTiles` where whole vectors are concerned, kernels where tiles are."""
+
+    fused = True
+
+    def __init__(self, dtype: str, device: torch.device, precision: str) -> None:
+        super().__init__(dtype, device)
+        from nibs_torch.kernels import tuning
+
+        self.tuning, self.dtype, self.card = tuning, DTYPES[dtype], tuning.card_of(device)
+        half = self.dtype != torch.float32
+        self.tf32 = not half and _is_tf32(precision, device)
+        self.ieee = not half and not self.tf32
+        self.item = self.dtype.itemsize
+        self.upcast = self.card.arch == "interpreter"  # whose bfloat16 products are wrong
+        self.lifts = self.dtype == torch.float16
+        self.fixed: dict[str, Any] = {}  # by kernel: a configuration to use instead of the table's
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def fused_operand(self, rows: Any, mask: Any) -> Any:
+        """`[r, d]` rows for the kernels: as they are, but for absent rows (zero), a promoted dtype, and TF32."""
+        rows = rows.to(self.dtype)
+        if mask is not None:
+            rows = rows.masked_fill(~mask.unsqueeze(1), 0.0)
+        if not self.tf32:
+            return rows
+        from nibs_torch.kernels.rows import round_rows
+
+        out = torch.empty(rows.shape, dtype=self.dtype, device=self.device)
+        size, d = rows.shape
+        grid = (-(-size // 32), -(-d // 128))
+        self._run(round_rows, grid, rows, out, size, d, *rows.stride(), BM=32, BK=128)
+        return out
+
+    def poison(self, rows: Any, mask: Any) -> Any:
+        """`[n]`: 0 for a finite or absent row, NaN for one that is not finite."""
+        from nibs_torch.kernels.rows import poison
+
+        size, d = rows.shape
+        out = self.zeros(size)
+        if size:
+            self._run(poison, (-(-size // 16),), rows, mask, out, size, d, *rows.stride(), BM=16, BK=256)
+        return out
+
+    # -- the verbs --------------------------------------------------------------------------------
+
+    def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Any, Any, Any]:
+        if not problem.softmax:
+            rows, made = self._sigmoid(tile, problem, tile.anchor_weights if keep else None, loss=True)
+            return rows, Lse(), made
+        from nibs_torch.kernels import lse as kernels
+
+        size, width = tile.queries.shape[0], tile.keys.shape[0]
+        config = self._config("lse", tile, problem)
+        counts = self._counts(tile, config)
+        tiles = counts["row_tiles"], counts["column_tiles"]
+        asked = {"multi": problem.multi, "sums": problem.sums, "stats": problem.stats}
+        row_names = kernels.fields(kernels.ROW_FIELDS, **asked)
+        column_names = kernels.fields(kernels.COLUMN_FIELDS, **asked)
+        rows = Partial(row_names, self._room(len(row_names), tiles[1], size), size, tiles[1], tile=config.rows)
+        columns = Partial(column_names, self._room(len(column_names), tiles[0], width), width, tiles[0])
+        columns.tile = config.columns
+        rows.own, columns.own = self._room(tiles[1], size), self._room(tiles[0], width)
+        rows.shifts = columns.shifts = self._room(*tiles)
+        rows.marks = columns.marks = torch.empty(tiles, dtype=torch.int32, device=self.device)
+        rows.strides, columns.strides = (1, tiles[1]), (tiles[1], 1)
+        if tile.home and (tile.diagonal or tile.targets is not None) and not problem.multi:
+            rows.positives = self.zeros(size)
+        kept = self._room(size, width) if keep else None
+        pairs, flags = self._pairs(tile, problem), self._flags(tile, problem)
+        self._run(
+            kernels.lse,
+            self._grid(config, counts),
+            *self._operands(config, tile),
+            problem.scale,
+            *pairs,
+            tile.anchor_weights,
+            rows.sums,
+            columns.sums,
+            rows.shifts,
+            rows.marks,
+            rows.positives,
+            kept,
+            **counts,
+            sp=width,
+            ROWS=problem.rows,
+            COLUMNS=problem.columns,
+            **flags,
+            MULTI=problem.multi,
+            SUMS=problem.sums,
+            STATS=problem.stats,
+            **self._shape(config, tile),
+            config=config,
+        )
+        programs = min(tiles[0] * tiles[1], 8 * self.card.sms)
+        self._run(
+            kernels.repair,
+            (programs,),
+            tile.queries,
+            tile.keys,
+            problem.scale,
+            *pairs,
+            rows.sums,
+            columns.sums,
+            rows.own,
+            columns.own,
+            rows.marks,
+            **{**counts, "programs": programs},
+            ROWS=problem.rows,
+            COLUMNS=problem.columns,
+            **flags,
+            **self._small(config),
+        )
+        return rows, columns, kept
+
+    def merge_lse(self, into: Lse, part: Any) -> None:
+        if not isinstance(part, Partial):
+            super().merge_lse(into, part)
+            return
+        from nibs_torch.kernels.lse import fold
+
+        def held(name: str) -> Any:
+            return getattr(into, name) if name in part.names else None
+
+        def at(name: str) -> int:
+            return part.names.index(name) if name in part.names else 0
+
+        positive = into.positive_sum if part.positives is not None else held("positive_sum")
+        self._run(
+            fold,
+            (-(-part.size // math.gcd(FOLD, part.tile)),),
+            part.sums,
+            part.own,
+            part.shifts,
+            part.marks,
+            part.positives,
+            into.mass,
+            into.shift,
+            positive,
+            held("positive_count"),
+            held("weight_sum"),
+            held("allowed_sum"),
+            held("allowed_count"),
+            held("positive_max"),
+            held("negative_max"),
+            part.size,
+            part.parts,
+            *part.strides,
+            f_positive=at("positive_sum"),
+            f_weight=at("weight_sum"),
+            f_allowed=at("allowed_sum"),
+            f_max=at("positive_max"),
+            TILE=part.tile,
+            BLOCK=math.gcd(FOLD, part.tile),
+            PARTS=16,
+        )
+
+    def tile_grad(
+        self,
+        tile: Tile,
+        problem: Problem,
+        rows: Weights | None,
+        columns: Weights | None,
+        kept: Any,
+        into: Any,
+        onto: Any,
+    ) -> tuple[Any, Any]:
+        if problem.softmax:
+            made = self._weights(tile, problem, rows, columns, kept)
+        else:
+            made = kept or self._sigmoid(tile, problem, rows.factor, loss=False)[1]  # type: ignore[union-attr]
+        inverse = None if made.lift is None else made.lift[1:]
+        if into is not None:
+            self._product(into, made.g, tile.keys, inverse, problem.precision)
+        if onto is not None:
+            self._product(onto, made.g.T, tile.queries, inverse, problem.precision)
+        product = self.total(made.product) if problem.total_product else None
+        return product, self.total(made.total) if problem.total_weight else None
+
+    # -- launches ---------------------------------------------------------------------------------
+
+    def _weights(self, tile: Tile, problem: Problem, rows: Any, columns: Any, kept: Any) -> Made:
+        from nibs_torch.kernels import weights as kernels
+
+        config = self._config("weights", tile, problem)
+        counts = self._counts(tile, config)
+        sides = [side for side in (rows, columns) if side is not None]
+        made = Made(self._made(tile), self._lift(*(side.factor for side in sides)), None, None)
+        if problem.total_product:
+            made.product = self.zeros(counts["row_tiles"], counts["column_tiles"])
+        each = []
+        for side in (rows, columns):
+            each += [None] * 4 if side is None else [side.factor, side.shift, side.target, side.smooth]
+        pairs, flags = self._pairs(tile, problem), self._flags(tile, problem)
+        self._run(
+            kernels.weights,
+            self._grid(config, counts),
+            *self._operands(config, tile),
+            problem.scale,
+            *pairs,
+            *each,
+            made.lift,
+            made.g,
+            made.product,
+            kept,
+            **counts,
+            sg=made.g.stride(0),
+            sp=tile.keys.shape[0],
+            **flags,
+            MULTI=problem.multi,
+            TF32=self.tf32,
+            **self._shape(config, tile),
+            GUARD=GUARD,
+            config=config,
+        )
+        tiles = counts["row_tiles"] * counts["column_tiles"]
+        programs = min(tiles, 8 * self.card.sms)
+        self._run(
+            kernels.wide,
+            (programs,),
+            tile.queries,
+            tile.keys,
+            problem.scale,
+            *pairs,
+            *each,
+            made.lift,
+            made.g,
+            made.product,
+            **{**counts, "programs": programs},
+            sg=made.g.stride(0),
+            **flags,
+            MULTI=problem.multi,
+            TF32=self.tf32,
+            **self._small(config),
+        )
+        return made
+
+    def _sigmoid(self, tile: Tile, problem: Problem, factor: Any, *, loss: bool) -> tuple[Any, Made | None]:
+        """Row statistics if `loss`, and weights if there is a `factor [r]` for them."""
+        from nibs_torch.kernels.lse import ROW_FIELDS
+        from nibs_torch.kernels.sigmoid import sigmoid
+
+        config = self._config("sigmoid", tile, problem)
+        counts = self._counts(tile, config)
+        tiles = counts["row_tiles"], counts["column_tiles"]
+        size = tile.queries.shape[0]
+        made = rows = None
+        if factor is not None:
+            made = Made(self._made(tile), self._lift(factor), None, None)
+            made.product = self._room(*tiles) if problem.total_product else None
+            made.total = self._room(*tiles) if problem.total_weight else None
+        if loss:
+            names = list(ROW_FIELDS) if problem.stats else ["mass"]
+            rows = Partial(names, self._room(len(names), tiles[1], size), size, tiles[1])
+        flags = self._flags(tile, problem)
+        del flags["SELF"]
+        self._run(
+            sigmoid,
+            self._grid(config, counts),
+            *self._operands(config, tile),
+            problem.scale,
+            problem.bias,
+            *self._pairs(tile, problem)[:5],
+            factor,
+            None if made is None else made.lift,
+            None if rows is None else rows.sums,
+            None if made is None else made.g,
+            None if made is None else made.product,
+            None if made is None else made.total,
+            rows.sums[1:] if rows is not None and problem.stats else None,
+            **counts,
+            sg=0 if made is None else made.g.stride(0),
+            **flags,
+            MULTI=problem.multi,
+            TF32=self.tf32,
+            **self._shape(config, tile),
+            config=config,
+        )
+        return rows, made
+
+    def _lift(self, *factors: Any) -> Any:
+        """`[2]`: the power of two that float16 weights are stored times, and its inverse; None for other dtypes."""
+        if not self.lifts:
+            return None
+        from nibs_torch.kernels.rows import lift
+
+        first, second = (*factors, None)[:2]
+        out = self._room(2)
+        sizes = first.numel(), 0 if second is None else second.numel()
+        self._run(lift, (1,), first, second, out, *sizes, BLOCK=1024)
+        return out
+
+    def _product(self, out: Any, g: Any, rows: Any, inverse: Any, precision: str) -> None:
+        """`out += inverse g rows`, accumulated in float32."""
+        if self.dtype == torch.float32:
+            with products(precision, torch.float32, self.device):
+                out.addmm_(g, rows)
+        elif self.device.type == "cpu":
+            wide = g.float() @ rows.float()
+            out.add_(wide if inverse is None else wide.mul_(inverse))
+        elif inverse is None and _library_widens(self.device, self.dtype):
+            torch.ops.aten.addmm.dtype_out(out, g, rows, torch.float32, out=out)
+        else:
+            self.widening_product(out, g, rows, inverse)
+
+    def widening_product(self, out: Any, g: Any, rows: Any, inverse: Any) -> None:
+        """The same by our own kernel."""
+        from nibs_torch.kernels.product import product
+
+        config = self.tuning.config(self.card, "product", self.item)
+        size, width = out.shape
+        tiles = -(-size // config.rows), -(-width // config.columns)
+        self._run(
+            product,
+            (tiles[0] * tiles[1],),
+            g,
+            rows,
+            out,
+            inverse,
+            size,
+            width,
+            g.shape[1],
+            *tiles,
+            *g.stride(),
+            rows.stride(1),
+            rows.stride(0),
+            out.stride(0),
+            BM=config.rows,
+            BN=config.columns,
+            BK=config.width,
+            GROUP=config.group,
+            PRECISION="ieee",
+            UPCAST=self.upcast,
+            config=config,
+        )
+
+    # -- arguments --------------------------------------------------------------------------------
+
+    def _config(self, kernel: str, tile: Tile, problem: Problem) -> Any:
+        if kernel in self.fixed:
+            return self.fixed[kernel]
+        busy = problem.multi or problem.exclude or problem.exclude_self or problem.margin is not None
+        busy = busy or (kernel != "weights" and (problem.sums or problem.stats))
+        return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy)
+
+    def _counts(self, tile: Tile, config: Any) -> dict[str, int]:
+        rows, columns = tile.queries.shape[0], tile.keys.shape[0]
+        row_tiles, column_tiles = -(-rows // config.rows), -(-columns // config.columns)
+        tiles = row_tiles * column_tiles
+        return {
+            "rows": rows,
+            "columns": columns,
+            "d": tile.queries.shape[1],
+            "offset": tile.row - tile.column,
+            "row_tiles": row_tiles,
+            "column_tiles": column_tiles,
+            "programs": min(tiles, config.per_sm * self.card.sms) if config.per_sm else tiles,
+            "sq0": tile.queries.stride(0),
+            "sq1": tile.queries.stride(1),
+            "sk0": tile.keys.stride(0),
+            "sk1": tile.keys.stride(1),
+        }
+
+    def _grid(self, config: Any, counts: dict[str, int]) -> tuple[int]:
+        return (counts["programs"],)
+
+    def _operands(self, config: Any, tile: Tile) -> tuple[Any, Any]:
+        if not self._described(config, tile):
+            return tile.queries, tile.keys
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return (
+            TensorDescriptor.from_tensor(tile.queries, [config.rows, config.width]),
+            TensorDescriptor.from_tensor(tile.keys, [config.columns, config.width]),
+        )
+
+    def _described(self, config: Any, tile: Tile) -> bool:
+        """Whether the copy engine can fetch these rows: contiguous, and 16 bytes from row to row."""
+        return config.descriptors and all(
+            rows.stride(1) == 1 and rows.stride(0) * self.item % 16 == 0 and rows.data_ptr() % 16 == 0
+            for rows in (tile.queries, tile.keys)
+        )
+
+    def _pairs(self, tile: Tile, problem: Problem) -> tuple[Any, ...]:
+        """QM, KM, QID, KID, T, EXACT, QLIM, KLIM: None where the call has no such thing."""
+        ids = problem.multi or problem.exclude
+        targets = None
+        if tile.home and tile.targets is not None:
+            targets = tile.targets - tile.column
+        return (
+            tile.query_mask,
+            tile.key_mask,
+            tile.query_ids if ids else None,
+            tile.key_ids if ids else None,
+            targets,
+            tile.exact,
+            tile.query_limit,
+            tile.key_limit,
+        )
+
+    def _flags(self, tile: Tile, problem: Problem) -> dict[str, Any]:
+        designated = 0
+        if tile.home:
+            designated = 2 if tile.targets is not None else int(tile.diagonal)
+        return {
+            "DESIGNATED": designated,
+            "EXCLUDE": problem.exclude,
+            "SELF": problem.exclude_self and tile.home,
+        }
+
+    def _shape(self, config: Any, tile: Tile) -> dict[str, Any]:
+        rows, columns = tile.queries.shape[0], tile.keys.shape[0]
+        return {
+            "RAGGED": rows % config.rows != 0 or columns % config.columns != 0,
+            "BM": config.rows,
+            "BN": config.columns,
+            "BK": config.width,
+            "GROUP": config.group,
+            "DESC": self._described(config, tile),
+            "PERSISTENT": config.per_sm > 0,
+            "PRECISION": "tf32" if self.tf32 else "ieee",
+            "UPCAST": self.upcast,
+        }
+
+    def _small(self, config: Any) -> dict[str, Any]:
+        rows, columns = self.tuning.SMALL
+        return {
+            "BM": config.rows,
+            "BN": config.columns,
+            "SM": rows,
+            "SN": columns,
+            "BK": 32,
+            "PRECISION": "tf32" if self.tf32 else "ieee",
+            "UPCAST": self.upcast,
+        }
+
+    def _made(self, tile: Tile) -> Any:
+        """Room for G [r, c], its rows on 16-byte steps; one array serves the whole call."""
+        rows, columns = tile.queries.shape[0], tile.keys.shape[0]
+        step = 16 // self.item
+        padded = -(-columns // step) * step
+        held = self._scratch.get("weights")
+        if held is None or held.numel() < rows * padded:
+            self._scratch.pop("weights", None)
+            held = self._scratch["weights"] = torch.empty(rows * padded, dtype=self.dtype, device=self.device)
+        return held[: rows * padded].view(rows, padded)[:, :columns]
+
+    def _room(self, *shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Any = None, **named: Any) -> None:
+        """Launch on this device's current stream."""
+        options = {"num_warps": 4, "num_stages": 2}
+        if config is not None:
+            options = {"num_warps": config.warps, "num_stages": config.stages}
+        if self.card.arch != "interpreter":
+            options["enable_fp_fusion"] = True
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                kernel[grid](*arguments, **named, **options)
+        else:
+            import numpy
+
+            with numpy.errstate(all="ignore"):  # a GPU does not say when a pair that counts for nothing overflows
+                kernel[grid](*arguments, **named, **options)
+
+
+def _is_tf32(precision: str, device: torch.device) -> bool:
+    """Whether float32 products here are of the TF32 class: by the call, or as PyTorch is set."""
+    if torch.version.hip or precision == "highest":
+        return False
+    if precision == "high":
+        return True
+    holder = torch.backends.cuda.matmul
+    if device.type == "cpu":
+        return False
+    return bool(holder.fp32_precision == "tf32" if hasattr(holder, "fp32_precision") else holder.allow_tf32)
+
+
+GUARD = True  # False only in the test that shows what the guard of `kernels.weights` is for
+
+
+@lru_cache(maxsize=16)
+def _library_widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch here multiplies halves into a float32 accumulator, in place; asked once, by trying."""
+    overload = getattr(torch.ops.aten.addmm, "dtype_out", None)
+    if overload is None:
+        return False
+    half = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        overload(out, half, half, torch.float32, out=out)
+    except (RuntimeError, NotImplementedError):  # before 2.10 the addend had to be half, too
+        return False
+    return True
+
+
+def time_config(kernel: str, config: Any, device: torch.device, options: Any) -> float | None:
+    """Milliseconds that a kernel takes with `config`, the median of ten launches; None where it cannot run."""
+    from triton.runtime.errors import OutOfResources
+
+    rows, d, dtype = options.rows, options.dim, DTYPES[options.dtype]
+    queries, keys = (torch.randn(rows, d, device=device).div(d**0.5).to(dtype) for _ in range(2))
+    softmax = kernel != "sigmoid"
+    tiles = FusedTiles(options.dtype, device, "high")
+    tiles.fixed = {kernel: config}
+    plain = dict.fromkeys(("multi", "exclude", "exclude_self", "sums", "stats", "fold"), False)
+    problem = Problem(
+        softmax=softmax,
+        rows=True,
+        columns=softmax,
+        scale=tiles.scalar(14.3),
+        bias=None if softmax else tiles.scalar(-10.0),
+        margin=None,
+        precision="high",
+        total_product=True,
+        total_weight=not softmax,
+        **plain,
+    )
+    tile = Tile(queries, queries, keys, 0, 0, True, diagonal=True)
+    ones = tiles.zeros(rows) + 1
+    side = Weights(ones, ones * 20, ones)
+    call = {
+        "lse": lambda: tiles.tile_lse(tile, problem, False),
+        "weights": lambda: tiles._weights(tile, problem, side, side, None),
+        "sigmoid": lambda: tiles._sigmoid(tile, problem, ones, loss=True),
+    }[kernel]
+    try:
+        call()
+    except OutOfResources:
+        return None
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(sorted(times)[5])

@@ -1,0 +1,224 @@
+"""Which tile each kind of GPU likes, and how to find out.
+
+    table     by architecture and kernel, first choice first; from what compiles without spills, not from timings
+    limits    a choice is taken only where its shared memory fits the card: consumer cards have 99 KiB, an H100 has 227
+    cache     what `python -m nibs_torch.kernels.tuning` measured on this machine comes before the table
+
+The autotuner runs only when it is asked to: choosing by a stopwatch inside a training run would make its numbers
+differ from run to run. Its answer is kept in NIBS_TUNING, or `~/.cache/nibs/tuning.json`, by device, Triton version,
+kernel and element size.
+
+Macro tiles: rows and columns of one launch, as large as the budget allows, such that the library's products around it
+(tiles of 128 x 256 over rows and width) fill whole waves of the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Card", "Config", "choices", "config", "macro_tiles", "shared_bytes"]
+
+KIB = 1024
+LIBRARY_TILE = (128, 256)  # of the products around a macro tile
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One way to launch a kernel.
+
+    rows, columns, width: of a tile (BM, BN, BK). warps, stages: of Triton's. descriptors: operands are fetched by the
+    bulk copy engine (Hopper and later) where their strides allow it. per_sm: programs that stay, for each
+    multiprocessor; 0: one program a tile.
+    """
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    per_sm: int = 0
+    group: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the choice depends on. arch: `"sm_90"`, `"gfx942"`, or `"interpreter"`; shared: bytes a program may have."""
+
+    name: str
+    arch: str
+    sms: int
+    shared: int
+
+
+# By kernel. Halves: 2-byte elements; the rest: float32. After a kernel's own choices come those that fit any card.
+# Busy: kernels with ids, a margin, exclusions or statistics compiled in, which take registers for them.
+Choices = dict[str, tuple[Config, ...]]
+HALVES: dict[str, Choices] = {
+    "sm_80": {"*": (Config(128, 64, 32, 8, 3),)},
+    "sm_89": {"*": (Config(128, 64, 32, 8, 3),)},
+    "sm_90": {
+        "lse": (Config(128, 256, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True, 1)),
+        "weights": (Config(128, 128, 64, 8, 3, True, 1),),
+        "sigmoid": (Config(128, 64, 64, 8, 4, True, 1),),
+    },
+    "sm_100": {"*": (Config(128, 64, 64, 8, 3),)},
+    "sm_120": {"*": (Config(128, 64, 32, 8, 3),)},
+    "gfx942": {"*": (Config(128, 64, 32, 8, 2),)},
+}
+FLOATS: dict[str, Choices] = {}
+SAFE = (Config(64, 64, 32, 8, 2), Config(32, 32, 32, 4, 2))
+IEEE = (Config(64, 64, 16, 8, 2),)  # products without tensor cores
+INTERPRETER = (Config(32, 64, 32, 4, 1),)
+SMALL = (32, 32)  # rows and columns of the tiles in which repairs go; they divide every tile above
+
+
+def choices(arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool = False) -> tuple[Config, ...]:
+    """Configurations for elements of `item` bytes, first choice first. arch: as in `Card`."""
+    if arch == "interpreter":
+        return INTERPRETER
+    if ieee:
+        return (*IEEE, *SAFE)
+    if busy:
+        return SAFE
+    table = (HALVES if item == 2 else FLOATS).get(arch, {})
+    return (*table.get(kernel, table.get("*", ())), *SAFE)
+
+
+def shared_bytes(config: Config, item: int) -> int:
+    """An upper bound on a program's shared memory: the operands in flight, and the tile on its way out."""
+    operands = config.stages * (config.rows + config.columns) * config.width * item
+    return operands + 2 * KIB * config.warps
+
+
+def config(card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool = False) -> Config:
+    """What was measured on this card, else the first choice that fits it."""
+    kept = None if busy else _cache().get(_key(card, kernel, item, ieee))
+    if kept is not None:
+        return Config(**kept)
+    found = choices(card.arch, kernel, item, ieee=ieee, busy=busy)
+    return next((one for one in found if shared_bytes(one, item) <= card.shared), found[-1])
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The table's row for an NVIDIA compute capability."""
+    major, minor = capability
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_89"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, f"sm_{major}{minor}")
+
+
+@lru_cache(maxsize=64)
+def card_of(device: Any) -> Card:
+    """The card that a torch device is."""
+    import torch
+
+    if device.type == "cpu":
+        return Card("interpreter", "interpreter", 4, 1 << 30)
+    facts = torch.cuda.get_device_properties(device)
+    sms = facts.multi_processor_count
+    if torch.version.hip:
+        return Card(facts.name, facts.gcnArchName.partition(":")[0], sms, 64 * KIB)
+    shared = getattr(facts, "shared_memory_per_block_optin", 99 * KIB)
+    return Card(facts.name, architecture((facts.major, facts.minor)), sms, shared)
+
+
+def macro_tiles(d: int, item: int, sms: int, area: int) -> list[tuple[int, int]]:
+    """Square macro tiles for weights of `item` bytes, largest first, up to `area` elements.
+
+    Rows are multiples of 256 that keep the library's products at whole waves: `(rows / 128) ceil(d / 256)` tiles of the
+    product are just below a multiple of the number of multiprocessors, to within a twentieth.
+    """
+    high, wide = LIBRARY_TILE
+    across = -(-d // wide)
+    found = []
+    side = int(area**0.5) // 256 * 256
+    while side >= 1024:
+        blocks = side // high * across
+        waves = -(-blocks // sms)
+        if blocks >= 0.95 * waves * sms:
+            found.append((side, side))
+        side -= 256
+    return found or [(max(256, int(area**0.5) // 256 * 256),) * 2]
+
+
+# -- the cache, and the command that fills it -------------------------------------------------------
+
+
+def cache_path() -> Path:
+    """Where measured choices are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("NIBS_TUNING") or Path(home) / "nibs" / "tuning.json")
+
+
+@lru_cache(maxsize=1)
+def _cache() -> dict[str, dict[str, Any]]:
+    path = cache_path()
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        from nibs.errors import InvalidInput
+
+        raise InvalidInput(f"{path} holds no tuning results ({error}): remove it, or tune again.") from error
+
+
+def _key(card: Card, kernel: str, item: int, ieee: bool) -> str:
+    import triton
+
+    return f"{card.name}|{triton.__version__}|{kernel}|{item}{'|ieee' if ieee else ''}"
+
+
+def tune(
+    card: Card, kernel: str, item: int, seconds: Callable[[Config], float | None], *, ieee: bool = False
+) -> Config:
+    """Time each configuration that fits, and keep the fastest. seconds: None for one that fails to run."""
+    times = {}
+    for one in choices(card.arch, kernel, item, ieee=ieee):
+        if shared_bytes(one, item) <= card.shared:
+            taken = seconds(one)
+            if taken is not None:
+                times[one] = taken
+    if not times:
+        raise RuntimeError(f"no configuration of {kernel} runs on {card.name}")
+    best = min(times, key=times.__getitem__)
+    path = cache_path()
+    kept = {**_cache(), _key(card, kernel, item, ieee): asdict(best)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    _cache.cache_clear()
+    return best
+
+
+def main() -> None:
+    """`python -m nibs_torch.kernels.tuning --dtype bfloat16 --dim 768`: needs a GPU."""
+    from nibs_torch.fused import time_config
+
+    parser = argparse.ArgumentParser(prog="python -m nibs_torch.kernels.tuning", description="Tune the kernels here.")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--rows", type=int, default=8192)
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("Tuning times kernels on a GPU, and PyTorch sees none here.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    card = card_of(device)
+    item = 4 if options.dtype == "float32" else 2
+    for kernel in ("lse", "weights", "sigmoid"):
+        best = tune(card, kernel, item, lambda one, kernel=kernel: time_config(kernel, one, device, options))
+        print(f"{card.name} {kernel} {options.dtype}: {best}")
+    print(f"kept in {cache_path()}")
+
+
+if __name__ == "__main__":
+    main()
