@@ -81,11 +81,12 @@ def show_backends(as_json: bool) -> None:
         lists = (", ".join(row[column]) for column in ("devices", "dtypes", "objectives"))
         where, arrays = row["distribution"].replace(" ", "\n"), "\n".join(row["arrays"])  # room for the rest at 80
         table.add_row(Text(row["name"], style="bold"), state, where, *lists, arrays)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
     for status in found:
         if status.state != "ready":
             mend = f" Try: {status.info.install}" if status.info is not None and status.info.install else ""
-            click.echo(f"{status.name} is broken: {status.reason}.{mend}")
+            console.print(Text(f"{status.name} is broken: {status.reason}.{mend}"))
 
 
 @nibs.command("plan")
