@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
     from nibs.registry import Registry
     from nibs.spec import Backend
 
-__all__ = ["WRT", "Request", "check_names", "check_objective", "check_values", "make_request", "parse_memory"]
+__all__ = [
+    "WRT",
+    "Request",
+    "bad_rows",
+    "check_names",
+    "check_objective",
+    "check_values",
+    "make_request",
+    "parse_memory",
+]
 
 WRT = ("queries", "keys", "scale", "bias")
 REDUCTIONS = ("mean", "sum", "none")
@@ -228,18 +238,10 @@ def check_values(request: Request, backend: Backend) -> None:
     """
     if backend.traced(request):
         return
-    targets, weights = request.targets, request.weights
-    bad: Any = None
-    if targets is not None and request.n:
-        wrong = (targets < -1) | (targets >= request.m)
-        if isinstance(request.objective, InfoNCE) and request.objective.exclude_self:
-            wrong = wrong | (targets == backend.arange(request.n, like=targets))
-        bad = _among_present(wrong, request.query_mask).any()
-    if weights is not None and request.n:
-        wrong = _among_present(~((weights >= 0) & (weights < math.inf)), request.query_mask).any()
-        bad = wrong if bad is None else bad | wrong
-    if bad is None or not bool(bad):
+    bad = bad_rows(request, backend.arange)
+    if bad is None or not bool(bad.any()):
         return
+    targets, weights = request.targets, request.weights
     present = request.query_mask.tolist() if request.query_mask is not None else [True] * request.n
     if targets is not None:
         for row, target in enumerate(targets.tolist()):
@@ -257,6 +259,23 @@ def check_values(request: Request, backend: Backend) -> None:
     for row, weight in enumerate(weights.tolist()):
         if present[row] and not 0 <= weight < math.inf:
             raise InvalidInput(f"weights[{row}] = {weight}: expected a finite number >= 0.")
+
+
+def bad_rows(request: Request, arange: Callable[[int, Any], Any]) -> Any:
+    """`[n]` bool: present rows whose target is out of range (or the row itself, with exclude_self) or whose weight is wrong.
+
+    arange: row numbers, `(n, like)`. None where there are neither targets nor weights to look at.
+    """
+    targets, weights = request.targets, request.weights
+    bad: Any = None
+    if targets is not None and request.n:
+        bad = (targets < -1) | (targets >= request.m)
+        if isinstance(request.objective, InfoNCE) and request.objective.exclude_self:
+            bad = bad | (targets == arange(request.n, targets))
+    if weights is not None and request.n:
+        wrong = ~((weights >= 0) & (weights < math.inf))
+        bad = wrong if bad is None else bad | wrong
+    return bad if bad is None or request.query_mask is None else bad & request.query_mask
 
 
 def parse_memory(memory: int | str | None) -> int | None:
@@ -428,7 +447,3 @@ def _plan(plan: Any) -> Any:
     if plan is not None and not isinstance(plan, Plan):
         raise InvalidInput(f"plan is {describe(plan)}: expected a Plan from nibs.plan(...).")
     return plan
-
-
-def _among_present(wrong: Any, mask: Any) -> Any:
-    return wrong if mask is None else wrong & mask

@@ -24,7 +24,7 @@ from nibs import errors
 from nibs.dispatch import run
 from nibs.errors import NibsError, Unsupported
 from nibs.plan import Plan
-from nibs.request import Request
+from nibs.request import Request, bad_rows
 from nibs.ring import Ring
 from nibs.spec import InfoNCE, Sigmoid, Stats
 from nibs.verbs import LSE_FIELDS
@@ -160,18 +160,9 @@ def _restore(tensors: Sequence[Tensor | None], key: str) -> tuple[Request, bool]
 def poisoned(request: Request) -> Request:
     """Rows with a target out of range or a wrong weight, NaN: the same loss otherwise."""
     targets, weights = request.targets, request.weights
-    bad = None
-    if targets is not None:
-        bad = (targets < -1) | (targets >= request.m)
-        if getattr(request.objective, "exclude_self", False):
-            bad = bad | (targets == torch.arange(request.n, device=targets.device))
-    if weights is not None:
-        wrong = ~((weights >= 0) & (weights < float("inf")))
-        bad = wrong if bad is None else bad | wrong
-    if bad is None or not request.n:
+    bad = bad_rows(request, lambda n, like: torch.arange(n, device=like.device))
+    if bad is None:
         return request
-    if request.query_mask is not None:
-        bad = bad & request.query_mask
     if not bool(bad.any()):
         return request
     changed: dict[str, Any] = {"queries": request.queries.masked_fill(bad.unsqueeze(1), float("nan"))}
