@@ -262,7 +262,8 @@ def check_values(request: Request, backend: Backend) -> None:
 
 
 def bad_rows(request: Request, arange: Callable[[int, Any], Any]) -> Any:
-    """`[n]` bool: present rows whose target is out of range (or the row itself, with exclude_self) or whose weight is wrong.
+    """`[n]` bool: present rows whose target or weight is wrong: out of range, or the row itself with `exclude_self`;
+    negative, or not finite.
 
     arange: row numbers, `(n, like)`. None where there are neither targets nor weights to look at.
     """
