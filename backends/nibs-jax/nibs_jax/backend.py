@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from nibs.arrays import describe, dtype_name, is_array
 from nibs.errors import InvalidInput, Unsupported
-from nibs.plan import TileHint, plan_request
+from nibs.plan import Plan, TileHint, plan_request
 from nibs.request import WRT, Request
 from nibs.spec import Backend, Gradients, Stats, without_gradient
 from nibs_jax import foreign
@@ -218,7 +218,8 @@ class JaxBackend(Backend):
 @partial(jax.jit, static_argnums=0)
 def _compiled_loss(job: Job, inputs: Inputs) -> Any:
     rest = inputs._replace(queries=None, keys=None, scale=None, bias=None)
-    return _loss(job, *(getattr(inputs, name) for name in WRT), rest)
+    loss, stats, ran = _loss(job, *(getattr(inputs, name) for name in WRT), rest)
+    return loss, stats and replace(stats, plan=ran.plan)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -230,9 +231,9 @@ def _compiled_loss_and_grad(job: Job, inputs: Inputs) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(job: Job, queries: Any, keys: Any, scale: Any, bias: Any, rest: Inputs) -> Any:
-    """`(loss, stats)`; no gradient is taken, so none is computed."""
+    """`(loss, stats, plan)`; no gradient is taken, so none is computed."""
     loss, _, stats = job.wanting(()).run(_joined(queries, keys, scale, bias, rest))
-    return loss, stats
+    return loss, *_parted(stats)
 
 
 def _forward(job: Job, *given: Any) -> Any:
@@ -248,7 +249,7 @@ def _forward(job: Job, *given: Any) -> Any:
     else:
         loss, gradients, stats = job.run(inputs, hold=True)
         saved = (Wanted(wanted), gradients, [jnp.zeros((0,), one.dtype) for one in four])
-    return (loss, stats), saved
+    return (loss, *_parted(stats)), saved
 
 
 def _backward(job: Job, saved: Any, upstream: Any) -> Any:
@@ -275,6 +276,26 @@ def _backward(job: Job, saved: Any, upstream: Any) -> Any:
 
 
 _loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@jax.tree_util.register_static
+class Ran:
+    """The plan of a call. The loss alone and the loss with its gradient have different ones, and JAX wants the
+    structure of what they return to be the same: so all of these are equal.
+    """
+
+    def __init__(self, plan: Plan | None) -> None:
+        self.plan = plan
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ran)
+
+    def __hash__(self) -> int:
+        return hash(Ran)
+
+
+def _parted(stats: Stats | None) -> tuple[Stats | None, Ran]:
+    return (None, Ran(None)) if stats is None else (replace(stats, plan=None), Ran(stats.plan))
 
 
 @jax.tree_util.register_static

@@ -25,7 +25,9 @@ from jax import lax
 __all__ = ["Lse", "Rules", "Tile", "Weights", "merge_lse", "products", "tile_grad", "tile_lse"]
 
 HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the smallest float32
-LOW = math.exp(-55.0)  # a smaller row or column sum has lost terms that count
+# A smaller row or column sum has lost terms that count, or loses them when it is merged: XLA flushes what is below
+# e^-87 to zero, and beside a mass of e^-40 e^-HEAD a tile's whose share is e^-17 must still be seen.
+LOW = math.exp(-40.0)
 SPREAD = 69.0  # natural-log width of a tile's lse values up to which one exponential serves all
 TOP = 80.0  # exponents above this belong to pairs of no anchor, whose factor is 0; inf x 0 would be NaN
 
@@ -190,8 +192,7 @@ def tile_lse(tile: Tile, rules: Rules, raw: Any, scale: Any, bias: Any) -> tuple
     elif tile.targets is not None:
         rows["positive_sum"] = _of_targets(tile, logits)
     if rules.sums:
-        seen = pairs.by_row if rules.rows else pairs.by_column
-        rows["allowed_sum"], rows["allowed_count"] = _sums(logits, seen, 1)
+        rows["allowed_sum"], rows["allowed_count"] = _sums(logits, pairs.by_row, 1)
         if rules.columns:
             columns["allowed_sum"], columns["allowed_count"] = _sums(logits, pairs.by_column, 0)
     if not rules.softmax:
@@ -228,7 +229,9 @@ def _shared(tile: Tile, logits: Any, permitted: Any) -> tuple[tuple[Any, Any], t
     hidden = _only(permitted, logits, -jnp.inf)
     top = hidden.max()
     shift = jnp.where(top == -jnp.inf, 0, top)
-    exponential = jnp.exp(hidden - (shift - HEAD))
+    lifted = shift - HEAD
+    back = jnp.exp(lifted - shift)  # e^-HEAD, less what the line above rounded away
+    exponential = jnp.exp(hidden - lifted)
     row_mass, column_mass = exponential.sum(1), exponential.sum(0)
     least = jnp.concatenate([_of_those(tile.query_mask, row_mass), _of_those(tile.key_mask, column_mass)]).min()
     lowest = jnp.finfo(logits.dtype).min
@@ -237,7 +240,7 @@ def _shared(tile: Tile, logits: Any, permitted: Any) -> tuple[tuple[Any, Any], t
         sides = []
         for mass, mask in ((row_mass, tile.query_mask), (column_mass, tile.key_mask)):
             shifts = jnp.broadcast_to(shift, mass.shape)
-            sides.append((mass * math.exp(-HEAD), shifts if mask is None else jnp.where(mask, shifts, lowest)))
+            sides.append((mass * back, shifts if mask is None else jnp.where(mask, shifts, lowest)))
         return tuple(sides)
 
     def apart(raw: Any) -> Any:
@@ -271,7 +274,7 @@ def _add_positives(pairs: Pairs, logits: Any, rows: dict[str, Any], columns: dic
             columns["positive_count"] = found.sum(0, dtype=logits.dtype)
             columns["weight_sum"] = jnp.where(found, tile.anchor_weights[:, None], 0).sum(0)
     if rules.stats:
-        negative = _both(pairs.by_row if rules.rows else pairs.by_column, ~found)
+        negative = _both(pairs.by_row, ~found)
         rows["positive_max"] = jnp.where(found, logits, -jnp.inf).max(1)
         rows["negative_max"] = jnp.where(negative, logits, -jnp.inf).max(1)
 

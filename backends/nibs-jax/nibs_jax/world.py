@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from functools import cache
 from types import TracebackType
 from typing import Any
 
 __all__ = ["DeviceWorld", "NotOneProgram"]
 
 DEVICES = 8
+FIGURES = ("count", "top1", "mean_positive", "mean_negative", "mean_lse", "hardest_negative")
 
 
 class NotOneProgram(Exception):
@@ -90,7 +92,6 @@ def _solve(size: int, name: str, device: str, shards: Any, dtype: str, options: 
     """All ranks' shares of one call."""
     import jax
     import numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     import nibs
     from nibs_conformance.checks import INPUTS, Subject
@@ -114,47 +115,12 @@ def _solve(size: int, name: str, device: str, shards: Any, dtype: str, options: 
     for key in ("scale", "bias"):
         if isinstance(given[key], float):
             given[key] = jax.numpy.asarray(given[key], real)
-    mesh = jax.make_mesh((size,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
-    rows, everywhere = PartitionSpec("ranks"), PartitionSpec()
-    specs = {key: everywhere if key in ("scale", "bias") else rows for key in given}
-    values = everywhere if whole.reduction != "none" else rows
-    four = (rows, rows, everywhere, everywhere)
-
-    def over(work: Any, *inputs: Any, ins: Any, out: Any) -> Any:
-        there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), ins)
-        return jax.jit(jax.shard_map(work, mesh=mesh, in_specs=ins, out_specs=out))(*jax.device_put(inputs, there))
-
-    stats: dict[str, Any] = {}
-    gradients: Any = None
-    if pull:
-        upstream = np.ones((), real)
-        if whole.reduction == "none":
-            upstream = np.ones(len(whole.queries), real) if whole.upstream is None else whole.upstream.astype(real)
-
-        def pulled(given: Any, upstream: Any) -> Any:
-            rest = {key: value for key, value in given.items() if key not in INPUTS}
-
-            def loss(queries: Any, keys: Any, scale: Any, bias: Any) -> Any:
-                return nibs.contrastive_loss(queries, keys, scale=scale, bias=bias, ring="ranks", **rest, **common)
-
-            value, back = jax.vjp(loss, *(given[key] for key in INPUTS))
-            return value, back(upstream)
-
-        loss, gradients = over(pulled, given, upstream, ins=(specs, values), out=(values, four))
-    elif whole.reduction == "none":
-        loss = over(
-            lambda given: nibs.contrastive_loss(ring="ranks", **given, **common), given, ins=(specs,), out=values
-        )
-    else:
-        names = ("count", "top1", "mean_positive", "mean_negative", "mean_lse", "hardest_negative")
-
-        def direct(given: Any) -> Any:
-            loss, gradients, *stats = nibs.contrastive_loss_and_grad(ring="ranks", **given, **common)
-            figures = {name: getattr(stats[0], name) for name in names} if stats else {}
-            return loss, tuple(getattr(gradients, key) for key in INPUTS), figures
-
-        loss, gradients, stats = over(direct, given, ins=(specs,), out=(everywhere, four, everywhere))
-        stats = {key: None if value is None else subject.numpy(value) for key, value in stats.items()}
+    upstream = np.ones((), real)
+    if whole.reduction == "none" and pull:
+        upstream = np.ones(len(whole.queries), real) if whole.upstream is None else whole.upstream.astype(real)
+    call, where = program(size, tuple(given), tuple(sorted(common.items())), pull)
+    loss, gradients, stats = call(*jax.device_put((given, upstream), where))
+    stats = {key: None if value is None else subject.numpy(value) for key, value in stats.items()}
     loss = subject.numpy(loss)
     found = {} if gradients is None else {key: subject.numpy(one) for key, one in zip(INPUTS, gradients, strict=True)}
 
@@ -170,6 +136,52 @@ def _solve(size: int, name: str, device: str, shards: Any, dtype: str, options: 
                 mine[key] = part(found[key], rank, length)
         shares.append(Share(loss if loss.ndim == 0 else part(loss, rank, n), mine, stats, None))
     return shares
+
+
+@cache
+def program(size: int, names: tuple[str, ...], options: tuple[tuple[str, Any], ...], pull: bool) -> tuple[Any, Any]:
+    """`(arguments, upstream) -> (loss, gradients, figures)` over all ranks, jitted, and the shardings it takes.
+
+    Made once for the same names and options, so that cases which differ in their numbers alone are compiled once.
+    """
+    import jax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    import nibs
+    from nibs_conformance.checks import INPUTS
+
+    common = dict(options)
+    mesh = jax.make_mesh((size,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+    rows, everywhere = PartitionSpec("ranks"), PartitionSpec()
+    values = rows if common["reduction"] == "none" else everywhere
+    ins = {name: everywhere if name in ("scale", "bias") else rows for name in names}, values if pull else everywhere
+    four: Any = (rows, rows, everywhere, everywhere)
+
+    def pulled(given: Any, upstream: Any) -> Any:
+        rest = {key: value for key, value in given.items() if key not in INPUTS}
+
+        def loss(queries: Any, keys: Any, scale: Any, bias: Any) -> Any:
+            return nibs.contrastive_loss(queries, keys, scale=scale, bias=bias, ring="ranks", **rest, **common)
+
+        value, back = jax.vjp(loss, *(given[key] for key in INPUTS))
+        return value, back(upstream), {}
+
+    def single(given: Any, upstream: Any) -> Any:
+        return nibs.contrastive_loss(ring="ranks", **given, **common), None, {}
+
+    def direct(given: Any, upstream: Any) -> Any:
+        loss, gradients, *stats = nibs.contrastive_loss_and_grad(ring="ranks", **given, **common)
+        figures = {name: getattr(stats[0], name) for name in FIGURES} if stats else {}
+        return loss, tuple(getattr(gradients, key) for key in INPUTS), figures
+
+    if pull:
+        work, out = pulled, (values, four, everywhere)
+    elif common["reduction"] == "none":
+        work, out = single, (values, None, everywhere)
+    else:
+        work, out = direct, (everywhere, four, everywhere)
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), ins)
+    return jax.jit(jax.shard_map(work, mesh=mesh, in_specs=ins, out_specs=out)), where
 
 
 def padded(shards: Any) -> tuple[Any, list[tuple[int, int]]]:

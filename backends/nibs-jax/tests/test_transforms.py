@@ -228,6 +228,15 @@ def test_stats_leave_a_jitted_function() -> None:
     assert stats.plan.kernel == "xla"
 
 
+def test_stats_come_along_as_aux_of_a_gradient() -> None:
+    queries, keys = rows(37, 37)
+    call = jax.value_and_grad(lambda q: loss(q, keys, stats=True), has_aux=True)
+    for run in (call, jax.jit(call)):
+        (value, stats), gradient = run(queries)
+        close((value, gradient), jax.value_and_grad(dense)(queries, keys))
+        assert int(stats.count) == 37 and stats.plan.kernel == "xla"
+
+
 def test_rows_that_are_absent_are_never_read() -> None:
     queries, keys = rows(20, 20)
     mask = jnp.arange(20) % 3 != 1
