@@ -119,8 +119,8 @@ class Runner:
 
     def _build(self, file: str) -> Path:
         command = [*compiler(), *FLAGS, *(SANITIZED if self.sanitize else ()), *self.flags]
+        name = f"{Path(file).stem}-{_hash([*command, file], {HERE, KERNELS, self.folder})}.so"
         command += ["-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(self.folder / file)]
-        name = f"{Path(file).stem}-{_hash(command, {HERE, KERNELS, self.folder})}.so"
         for folder in _caches():
             if (folder / name).exists():
                 return folder / name
@@ -172,15 +172,14 @@ def _three(value: Any) -> Any:
 
 
 def _hash(command: list[str], folders: set[Path]) -> str:
+    """Of all that a library is made from, wherever it lies."""
     digest = hashlib.sha256("\0".join([*command, platform.machine()]).encode())
     binary = Path(shutil.which(command[0]) or command[0]).resolve()
     about = binary.stat()
     digest.update(f"{binary} {about.st_size} {about.st_mtime_ns}".encode())
-    for folder in sorted(folders):
-        for source in sorted(folder.iterdir()):
-            if source.suffix in (".cu", ".cuh", ".hpp"):
-                digest.update(source.name.encode())
-                digest.update(source.read_bytes())
+    sources = [source for folder in folders for source in folder.iterdir() if source.suffix in (".cu", ".cuh", ".hpp")]
+    for content in sorted(source.name.encode() + b"\0" + source.read_bytes() for source in sources):
+        digest.update(content)
     return digest.hexdigest()[:20]
 
 
