@@ -111,7 +111,15 @@ class Cuda:
         return launch
 
     def product(self, a: Any, b: Any, precision: str) -> Any:
-        return a @ b
+        """By cuBLAS. CUPY_TF32 may let it round float32 to TF32; `"highest"` does not."""
+        linear = self.cupy._core._routines_linalg
+        before = linear.get_compute_type(a.dtype)
+        if precision == "highest" and a.dtype == np.float32:
+            linear.set_compute_type(a.dtype, linear.COMPUTE_TYPE_FP32)
+        try:
+            return a @ b
+        finally:
+            linear.set_compute_type(a.dtype, before)
 
     def fetch(self, array: Any) -> Any:
         return self.cupy.asnumpy(array)

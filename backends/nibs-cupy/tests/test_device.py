@@ -159,3 +159,52 @@ def test_a_gpu_that_is_not_there_is_missed_aloud(cupy):
 def test_what_cuda_refuses_is_an_error_of_nibs(cupy, theirs, ours):
     with pytest.raises(ours), Cuda().quiet():
         raise theirs
+
+
+@pytest.mark.parametrize("precision, used", (("default", 1), ("high", 1), ("highest", 4)))
+def test_highest_precision_overrules_tf32_and_puts_it_back(cupy, precision, used):
+    state, seen = {np.dtype(np.float32): 1}, []
+
+    class Array(np.ndarray):
+        def __matmul__(self, other: Any) -> Any:
+            seen.append(state[self.dtype])
+            return np.asarray(self) @ other
+
+    cupy._core = SimpleNamespace(
+        _routines_linalg=SimpleNamespace(
+            COMPUTE_TYPE_FP32=4, get_compute_type=state.__getitem__, set_compute_type=state.__setitem__
+        )
+    )
+    a = np.eye(3, dtype=np.float32)
+
+    out = Cuda().product(a.view(Array), a, precision)
+
+    assert seen == [used] and state == {np.dtype(np.float32): 1} and np.array_equal(out, a)
+
+
+def test_the_meter_counts_what_is_held_at_once_and_forgets_what_was_there_before(monkeypatch):
+    hooks = []
+
+    class MemoryHook:
+        """In the place of CuPy's: pushed and popped by `with`."""
+
+        def __enter__(self) -> MemoryHook:
+            hooks.append(self)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            hooks.remove(self)
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(MemoryHook=MemoryHook))
+    from nibs_cupy.meter import peak
+
+    def call() -> None:
+        (hook,) = hooks
+        hook.free_postprocess(device_id=0, mem_size=512, mem_ptr=1, pmem_id=99)
+        for pmem_id in (1, 2):
+            hook.malloc_postprocess(device_id=0, size=100, mem_size=512, mem_ptr=1, pmem_id=pmem_id)
+        hook.free_postprocess(device_id=0, mem_size=512, mem_ptr=1, pmem_id=1)
+        hook.malloc_postprocess(device_id=0, size=50, mem_size=512, mem_ptr=1, pmem_id=3)
+
+    assert peak(call) == 200
