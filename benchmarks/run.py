@@ -1,0 +1,302 @@
+"""nibs beside its peers, in one command, on the machine it stands on: speed, memory and error, as tables and plots.
+
+    python benchmarks/run.py                                        a few minutes; prints Markdown
+    python benchmarks/run.py --results benchmarks/results           also cpu.json and cpu.png there (or cuda.*)
+    python benchmarks/run.py --docs docs/performance.md             also puts the tables into that page
+    python benchmarks/run.py --n 2048 8192 --only nibs dense --turns 9
+    python benchmarks/run.py --one-thread --no-memory               CPU time: nearly blind to what else runs here
+
+What is measured, for each contender of contenders.py, is a step (loss and gradients) and the forward alone:
+
+    growth over n     both losses, float32 and bfloat16, one width
+    growth over d     the symmetric loss, one batch
+    memory            of a step, beyond inputs and gradients, in a fresh process
+    error             of loss and gradients from float64, on the first pairs of the batch as a batch of their own
+
+A contender that cannot run has a row with its reason. A peer whose step would take longer than `--seconds` is left
+out of larger batches, which the table says too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contenders import CONTENDERS, Contender
+from measure import ONE_THREAD, PRODUCTS, batch, errors, machine, one_thread, peaks, product_rates, seconds, timed
+
+DENSE = "dense torch"
+EXACT = 1024  # rows at most that are compared with float64
+CPU_SIZES = {
+    ("InfoNCE", "float32"): [64, 256, 1024, 4096, 8192],
+    ("InfoNCE", "bfloat16"): [256, 1024, 4096],
+    ("Sigmoid", "float32"): [256, 1024, 4096],
+}
+GPU_SIZES = {
+    ("InfoNCE", "float32"): [1024, 4096, 16384],
+    ("InfoNCE", "bfloat16"): [1024, 4096, 16384, 65536],
+    ("Sigmoid", "bfloat16"): [1024, 4096, 16384, 65536],
+}
+WIDTHS = [64, 256, 1024]
+AT = {"cpu": 2048, "cuda": 16384}  # rows, where the width grows
+MEMORY_FROM = 1024  # rows: below, a process's pages say more than the loss
+
+
+@dataclass
+class Row:
+    """One contender on one batch. of_dense and rate: of a step. reason: why there are no figures."""
+
+    contender: str
+    kind: str
+    objective: str
+    dtype: str
+    n: int
+    d: int
+    forward: float | None = None
+    step: float | None = None
+    of_dense: float | None = None
+    forward_of_dense: float | None = None
+    rate: float | None = None
+    peak: int | None = None
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Run:
+    """What the command asks for, and what was found so far."""
+
+    options: argparse.Namespace
+    device: str
+    rates: dict[str, float]
+    rows: list[Row] = field(default_factory=list)
+    gone: dict[tuple[str, str, str], str] = field(default_factory=dict)
+
+    def chosen(self, objective: str) -> list[Contender]:
+        """The contenders of an objective that the command names."""
+        words = self.options.only
+        return [
+            one
+            for one in CONTENDERS
+            if one.objective == objective and (not words or any(word in one.name for word in words))
+        ]
+
+    def grow(self, objective: str, dtype: str, sizes: list[int], d: int) -> None:
+        """Batches from small to large, and then their memory."""
+        fresh: list[Row] = []
+        for n, following in zip(sizes, [*sizes[1:], 0], strict=True):
+            fresh += self.measure(objective, dtype, n, d, following)
+        for contender in self.chosen(objective):
+            mine = {row.n: row for row in fresh if row.contender == contender.name and row.step is not None}
+            large = [n for n in mine if n >= MEMORY_FROM]
+            if large and not self.options.no_memory:
+                for n, count in peaks(contender, dtype, d, self.device, large).items():
+                    mine[n].peak = count
+
+    def measure(self, objective: str, dtype: str, n: int, d: int, following: int = 0) -> list[Row]:
+        """A row for each contender that is still there, on one batch; following: rows of the next one."""
+        one = batch(n, d, dtype, objective, self.device, self.options.memory)
+        rows, steps = [], {}
+        for contender in self.chosen(objective):
+            row = Row(contender.name, contender.kind, objective, dtype, n, d)
+            key = (contender.name, objective, dtype)
+            if key in self.gone:
+                if self.gone[key]:
+                    rows.append(row)
+                    row.reason, self.gone[key] = self.gone[key], ""
+                continue
+            rows.append(row)
+            try:
+                steps[contender.name] = step = contender.make(one)
+                loss = step.both()
+                if n <= EXACT:
+                    row.loss_error, row.gradient_error = errors(step, loss, one, objective)
+                step.forward()
+                again = timed(step.both)
+            except Exception as error:  # a guest may fail in any way
+                steps.pop(contender.name, None)
+                row.reason, self.gone[key] = _reason(error), ""  # said once
+                continue
+            if contender.kind == "peer" and again * (following / n) ** 2 > self.options.seconds:
+                self.gone[key] = f"left out from here on: {again:.1f} s a step at n = {n}"
+        calls = {(name, what): getattr(step, what) for name, step in steps.items() for what in ("forward", "both")}
+        best = seconds(calls, self.options.turns)
+        for row in rows:
+            if row.contender in steps:
+                row.forward, row.step = best[row.contender, "forward"], best[row.contender, "both"]
+                row.rate = PRODUCTS[objective] * 2 * n * n * d / row.step / self.fastest(dtype)
+                if (DENSE, "both") in best:
+                    row.of_dense = row.step / best[DENSE, "both"]
+                    row.forward_of_dense = row.forward / best[DENSE, "forward"]
+        self.rows += rows
+        print(f"{objective} {dtype} n = {n} d = {d}: {len(steps)} contenders", flush=True)
+        return rows
+
+    def fastest(self, dtype: str) -> float:
+        """The best rate of products in this dtype that any library reaches here."""
+        return max(rate for name, rate in self.rates.items() if name.startswith(dtype))
+
+
+def tables(run: Run, about: dict[str, Any], widths: list[int], width: int) -> str:
+    """What was found, as Markdown."""
+    rates = "; ".join(f"{name} {rate / 1e9:.0f}" for name, rate in run.rates.items())
+    threads = "one thread, CPU time," if one_thread() else f"{about['threads']} threads"
+    place = about["gpu"] or f"{threads} of {about['processor']}"
+    versions = ", ".join(f"{name} {about[name]}" for name in ("python", "torch", "numpy", "jax") if name in about)
+    lines = [f"{place}; {versions}; {about['date']}; `{about['command']}`.", f"Matrix products, GFLOP/s: {rates}.", ""]
+    for objective, dtype in dict.fromkeys((row.objective, row.dtype) for row in run.rows):
+        rows = [row for row in run.rows if (row.objective, row.dtype, row.d) == (objective, dtype, width)]
+        lines += [
+            f"{objective}, {dtype}, d = {width}:",
+            "",
+            "| n | loss | forward s | step s | forward of dense | step of dense | rate | peak MB | loss error | "
+            "gradient error |",
+            "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *map(_line, rows),
+            "",
+        ]
+    found = [row for row in run.rows if row.d in widths and row.step is not None and row.n == AT[run.device[:4]]]
+    if found:
+        names = list(dict.fromkeys(row.contender for row in found))
+        lines += [
+            f"Growth over d, InfoNCE, float32, n = {found[0].n}: seconds of a step (of dense):",
+            "",
+            "| d | " + " | ".join(names) + " |",
+            "| ---: |" + " ---: |" * len(names),
+        ]
+        for d in sorted({row.d for row in found}):
+            at = {row.contender: row for row in found if row.d == d}
+            cells = [f"{at[name].step:.4f} ({at[name].of_dense or 0:.2f})" if name in at else "" for name in names]
+            lines.append(f"| {d} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _reason(error: Exception) -> str:
+    """Why a contender cannot run: its error's first line, or the line that raised where it says nothing."""
+    words = str(error).strip().splitlines()
+    if not words:
+        words = [traceback.extract_tb(error.__traceback__)[-1].line or ""]
+    return f"{type(error).__name__}: {words[0]}"[:100]
+
+
+def _line(row: Row) -> str:
+    if row.step is None:
+        return f"| {row.n} | {row.contender} | {row.reason.replace('|', '/')} | | | | | | | |"
+    cells = [
+        f"{row.forward:.5f}",
+        f"{row.step:.5f}",
+        "" if row.forward_of_dense is None else f"{row.forward_of_dense:.2f}",
+        "" if row.of_dense is None else f"{row.of_dense:.2f}",
+        f"{row.rate:.2f}",
+        "" if row.peak is None else f"{row.peak / 1e6:.0f}",
+        "" if row.loss_error is None else f"{row.loss_error:.0e}",
+        "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
+    ]
+    return f"| {row.n} | {row.contender} | " + " | ".join(cells) + " |"
+
+
+def plot(run: Run, path: Path, widths: list[int], width: int) -> None:
+    """Time and memory over n, and time over d."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    dtype = "float32"
+    over_n = [row for row in run.rows if (row.objective, row.dtype, row.d) == ("InfoNCE", dtype, width)]
+    over_d = [row for row in run.rows if row.d in widths and row.n == AT[run.device[:4]]]
+    panels = (
+        (over_n, "n", "step", f"seconds of a step, d = {width}"),
+        (over_n, "n", "peak", f"peak bytes beyond inputs and gradients, d = {width}"),
+        (over_d, "d", "step", f"seconds of a step, n = {AT[run.device[:4]]}"),
+    )
+    colours = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.contender for row in run.rows))}
+    for axis, (rows, across, up, title) in zip(axes, panels, strict=True):
+        for name, colour in colours.items():
+            points = sorted(
+                (getattr(row, across), getattr(row, up)) for row in rows if row.contender == name and getattr(row, up)
+            )
+            if points:
+                ours = name.startswith("nibs")
+                axis.loglog(*zip(*points), "o-" if ours else "s--", label=name, color=colour, lw=2 if ours else 1)
+        axis.set(xlabel=across, title=title)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def put_into(page: Path, device: str, text: str) -> None:
+    """The tables, in place of those between the page's two marks for this device."""
+    begin, end = f"<!-- {device} tables -->\n", f"<!-- end of {device} tables -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} has no marks '{begin.strip()}' and '{end}': nothing was written to it.")
+    page.write_text(before + begin + "\n" + text + "\n" + end + after)
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description="nibs beside its peers: speed, memory and error on this machine.")
+    parser.add_argument("--n", type=int, nargs="+", help="batch sizes, for every table; default: by the machine")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="of the growth over d; empty: none")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--objectives", nargs="+", default=["InfoNCE", "Sigmoid"])
+    parser.add_argument("--only", nargs="+", help="contenders whose names contain one of these words")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8.0, help="longest step of a peer")
+    parser.add_argument("--memory", help="budget for nibs, such as 512MiB; default: its own")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
+    parser.add_argument("--one-thread", action="store_true", help="one thread, and CPU time in the place of a clock's")
+    parser.add_argument("--device", help="cpu or cuda; default: what is here")
+    parser.add_argument("--results", type=Path, help="a folder for figures (.json) and plots (.png)")
+    parser.add_argument("--docs", type=Path, help="a page with marks, whose tables are replaced")
+    options = parser.parse_args()
+    if options.one_thread and not one_thread():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ONE_THREAD})
+    warnings.filterwarnings("ignore")  # of peers; nibs's own tests hold it to none
+
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(options, device, product_rates(device))
+    sizes = CPU_SIZES if device == "cpu" else GPU_SIZES
+    for (objective, dtype), default in sizes.items():
+        if objective in options.objectives and dtype in options.dtypes:
+            run.grow(objective, dtype, options.n or default, options.dim)
+    if options.widths and "InfoNCE" in options.objectives and "float32" in options.dtypes:
+        options.only = options.only or [DENSE, "nibs"]
+        for d in options.widths:
+            run.measure("InfoNCE", "float32", AT[device[:4]], d)
+    again = product_rates(device)  # a neighbour may have slowed the first look
+    before = {dtype: run.fastest(dtype) for dtype in {row.dtype for row in run.rows}}
+    run.rates = {name: max(rate, again[name]) for name, rate in run.rates.items()}
+    for row in run.rows:
+        if row.rate is not None:
+            row.rate *= before[row.dtype] / run.fastest(row.dtype)
+    about = machine(device)
+    text = tables(run, about, options.widths, options.dim)
+    print("\n" + text)
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+        figures = {"machine": about, "products per second": run.rates, "rows": [vars(row) for row in run.rows]}
+        (options.results / f"{device}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        plot(run, options.results / f"{device}.png", options.widths, options.dim)
+    if options.docs:
+        put_into(options.docs, device, text)
+
+
+if __name__ == "__main__":
+    main()
