@@ -68,7 +68,7 @@ LIMITS = (
     Limit("nibs_ampere_redo_tall_*", 168, FAMILIES["hopper"].redo_shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_ampere_redo_*", 168, FAMILIES["ampere"].redo_shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_ampere_weights_*", 168, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
-    Limit("nibs_ampere_sigmoid_*", 168, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
+    Limit("nibs_ampere_sigmoid_*", 192, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_hopper_*", 168, FAMILIES["hopper"].shared, ("HGMMA", "UBLKCP")),
     Limit("nibs_try_group_*", 255, 3 * 16384 + 8, ("HGMMA", "UBLKCP")),
     Limit("nibs_try_multiply_*", 64, 0, ("HMMA",)),

@@ -58,11 +58,11 @@ LSE_ARGS = _struct(
 WEIGHTS_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", *_PAIRS),
     *(f"{side}_{name}" for side in ("row", "column") for name in ("factor", "shift", "target_weight")),
-    *("g", "pitch", "lift"),
+    *("g", "pitch", "lift", "product_part"),
 )
 SIGMOID_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", "bias", *_PAIRS),
-    *("factor", "loss_part", "weight_part", "positive", "g", "pitch", "lift"),
+    *("factor", "loss_part", "weight_part", "positive", "g", "pitch", "lift", "product_part"),
 )
 
 
@@ -235,8 +235,13 @@ class FastKernels:
         rows: Weights | None,
         columns: Weights | None,
         lift: Any,
-    ) -> Any:
-        """Gradient weights `[r, c]` times `lift`, one float32 on the device, a power of two."""
+        *,
+        products: bool = False,
+    ) -> tuple[Any, Any]:
+        """Gradient weights `[r, c]` times `lift`, one float32 on the device, a power of two.
+
+        And, with `products`, `[across, r]`: row sums of weights (not rounded, not lifted) times `<q, k>`, in parts.
+        """
         args = self._tile(WEIGHTS_ARGS, queries, keys, scale, pairs)
         for side, values in (("row", rows), ("column", columns)):
             if values is None:
@@ -244,8 +249,10 @@ class FastKernels:
             for name, value in (("factor", values.factor), ("shift", values.shift), ("target_weight", values.target)):
                 args[f"{side}_{name}"] = self.device.address(value)
         g = self._output(args, queries.rows, keys.rows, lift)
+        parts = self._floats(-(-keys.rows // self.family.width), queries.rows) if products else None
+        args["product_part"] = self.device.address(parts)
         self._tiles("weights", args)
-        return g
+        return g, parts
 
     # -- Sigmoid ----------------------------------------------------------------------------------
 
@@ -260,18 +267,22 @@ class FastKernels:
         lift: Any = None,
         *,
         grad: bool = True,
-    ) -> tuple[Any, Any, Any, Any]:
-        """`(loss, weight, positive, g)`: row sums of softplus, and of g; g `[r, c]` times `lift`, if `grad`.
+        products: bool = False,
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        """`(loss, weight, positive, g, product)`: row sums of softplus, and of g; g `[r, c]` times `lift`, if `grad`.
 
-        factor `[r]`: weight of each row in g (not in the loss), None for 1.
+        factor `[r]`: weight of each row in g (not in the loss), None for 1. product: as of `weights`; only the
+        ampere family has it.
         """
+        assert not products or self.family.name == "ampere"
         across = -(-keys.rows // self.family.width)
         args = self._tile(SIGMOID_ARGS, queries, keys, scale, pairs)
         r = queries.rows
         loss_part, weight_part = self._floats(across, r), self._floats(across, r)
         positive = self.xp.zeros(r, self.xp.float32)
+        parts = self._floats(across, r) if products else None
         given = ("bias", bias), ("factor", factor), ("loss_part", loss_part), ("weight_part", weight_part)
-        for name, value in (*given, ("positive", positive)):
+        for name, value in (*given, ("positive", positive), ("product_part", parts)):
             args[name] = self.device.address(value)
         g = self._output(args, r, keys.rows, lift) if grad else None
         self._tiles("sigmoid", args)
@@ -282,7 +293,7 @@ class FastKernels:
             fold["part"], fold["out"] = self.device.address(part), self.device.address(sums[-1])
             fold["length"], fold["steps"] = r, across
             self._over(r, FOLD_THREADS, "fold.cu", "nibs_fold_sum", fold)
-        return sums[0], sums[1], positive, g
+        return sums[0], sums[1], positive, g, parts
 
     # -- launches ---------------------------------------------------------------------------------
 

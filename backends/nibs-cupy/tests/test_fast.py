@@ -99,9 +99,12 @@ def check_weights(kernels: FastKernels, queries: Any, keys: Any, scale: float, p
     row_lse, column_lse, _ = plain_lse(queries, keys, scale, pairs)
     sides = anchors(row_lse), anchors(column_lse)
     for given in (sides, (sides[0], None), (None, sides[1])):
-        g = numbers(kernels.weights(*packed, one(scale), pairs, *given, one(lift)), name, lift)
+        g, parts = kernels.weights(*packed, one(scale), pairs, *given, one(lift), products=True)
         wanted = plain_weights(queries, keys, scale, pairs, *given)
-        np.testing.assert_allclose(g, wanted, rtol=ROUNDING[name], atol=4 * slack(abs(scale)))
+        limit = 4 * slack(abs(scale))
+        np.testing.assert_allclose(numbers(g, name, lift), wanted, rtol=ROUNDING[name], atol=limit)
+        products = wanted * (queries.astype(np.float64) @ keys.astype(np.float64).T)
+        np.testing.assert_allclose(parts.sum(0, dtype=np.float64), products.sum(1), rtol=0, atol=2 * limit)
 
 
 @pytest.fixture
@@ -153,6 +156,20 @@ def test_gradient_weights(family: str, name: str, order: str, clock: str, random
         check_weights(fast(family, name, order, clock), queries, keys, 14.3, designated(*shape[:2]))
 
 
+@pytest.mark.parametrize("scale", [0.0, -20.0])
+@pytest.mark.parametrize(("family", "name"), KINDS)
+def test_scales_of_zero_and_below_leave_forbidden_pairs_out(family: str, name: str, scale: float, random: Any) -> None:
+    queries, keys = rows(random, (40, 70, 24), name)
+    pairs = every_option(random, 40, 70)
+    kernels = fast(family, name)
+    check_lse(kernels, queries, keys, scale, pairs)
+    check_weights(kernels, queries, keys, scale, pairs)
+    pairs = replace(pairs, diagonal=None)
+    packed = kernels.pack(queries, pairs.query_mask), kernels.pack(keys, pairs.key_mask)
+    loss, *_ = kernels.sigmoid(*packed, one(scale), one(-1.0), pairs, None, one(1.0))
+    np.testing.assert_allclose(loss, plain_sigmoid(queries, keys, scale, -1.0, pairs)[0], rtol=4e-6)
+
+
 @pytest.mark.parametrize(("family", "name"), KINDS)
 def test_gradient_weights_with_masks_ids_and_a_diagonal(family: str, name: str, random: Any) -> None:
     queries, keys = rows(random, (150, 260, 40), name)
@@ -169,11 +186,15 @@ def test_sigmoid_loss_and_gradient_in_one_pass(family: str, name: str, order: st
     factor = random.random(150).astype(np.float32)
     for weights in (factor, None):
         wanted = plain_sigmoid(queries, keys, 10.0, -10.0, pairs, weights)
-        loss, weight, positive, g = kernels.sigmoid(*packed, one(10.0), one(-10.0), pairs, weights, one(4096.0))
+        given = one(10.0), one(-10.0), pairs, weights, one(4096.0)
+        loss, weight, positive, g, parts = kernels.sigmoid(*packed, *given, products=family == "ampere")
         np.testing.assert_allclose(loss, wanted[0], rtol=4e-6)
         np.testing.assert_allclose(weight, wanted[1], rtol=4e-6, atol=4e-6)
         np.testing.assert_allclose(positive, wanted[2], rtol=0, atol=slack(20))
         np.testing.assert_allclose(numbers(g, name, 4096.0), wanted[3], rtol=ROUNDING[name] + 8e-6, atol=1e-8)
+        if parts is not None:
+            products = wanted[3] * (queries.astype(np.float64) @ keys.astype(np.float64).T)
+            np.testing.assert_allclose(parts.sum(0), products.sum(1), rtol=8e-6, atol=8e-6)
 
 
 def test_small_softplus_terms_are_not_lost(random: Any) -> None:
@@ -243,7 +264,7 @@ def test_rows_that_are_no_anchors_give_no_nan_however_large_their_logits() -> No
     kernels = fast("ampere", "tf32x3")
     nobody = np.array([1, 1, 0, 0], np.float32)
     side = Weights(nobody, np.where(nobody > 0, np.float32(0), np.float32(np.inf)), nobody * 0)
-    g = kernels.weights(kernels.pack(queries), kernels.pack(keys), one(1.0), Pairs(), side, side, one(1.0))
+    g, _ = kernels.weights(kernels.pack(queries), kernels.pack(keys), one(1.0), Pairs(), side, side, one(1.0))
     assert (g[2:, 2:] == 0).all()
 
 

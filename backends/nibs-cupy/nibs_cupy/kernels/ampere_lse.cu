@@ -34,7 +34,7 @@ NIBS_DEVICE void lse(const LseArgs& args, u8* shared) {
     const float scale = *args.scale * LOG2E;
     NIBS_UNROLL
     for (int i = 0; i < MF * NF * 4; i++) s[i] *= scale;
-    leave_out(s, args.pairs, place);
+    leave_out(s, minus_infinity(), args.pairs, place);
     each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value * LN2, value; });
     float* scratch = reinterpret_cast<float*>(shared);
     if (REDO) own_statistics(s, args.pairs, args.parts, place, scratch);

@@ -44,11 +44,10 @@ NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
     const typename Tile::Where place = Tile::place(args.pairs);
     float s[64];
     Tile::products(s, shared, args.queries, args.keys, args.slabs, place);
-    const float scale = *args.scale * LOG2E;
-    NIBS_UNROLL
-    for (int i = 0; i < 64; i++) s[i] *= scale;
-    leave_out(s, args.pairs, place);
-    gradient(s, args.pairs, args.of_rows, args.of_columns, *args.out.lift, place, reinterpret_cast<float*>(shared));
+    const float scale = not_zero(*args.scale * LOG2E);
+    leave_out(s, forbidden(scale), args.pairs, place);
+    gradient(s, args.pairs, args.of_rows, args.of_columns, scale, *args.out.lift, args.out.product_part, place,
+             reinterpret_cast<float*>(shared));
     store<Format>(s, args.pairs, args.out, place);
 }
 
@@ -58,12 +57,11 @@ NIBS_DEVICE void sigmoid_tile(const SigmoidArgs& args, u8* shared) {
     const typename Tile::Where place = Tile::place(args.pairs);
     float s[64];
     Tile::products(s, shared, args.queries, args.keys, args.slabs, place);
-    const float scale = *args.scale, bias = *args.bias;
-    NIBS_UNROLL
-    for (int i = 0; i < 64; i++) s[i] = fmaf(s[i], scale, bias);
-    leave_out(s, args.pairs, place);
-    each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value; });
-    sigmoid(s, args.pairs, args.factor, args.out.g ? *args.out.lift : 1.0f, args.loss_part, args.weight_part, place, reinterpret_cast<float*>(shared));
+    const float scale = not_zero(*args.scale), bias = *args.bias;
+    leave_out(s, forbidden(scale), args.pairs, place);
+    each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = fmaf(value, scale, bias), value; });
+    sigmoid<true>(s, args.pairs, args.factor, scale, bias, args.out.g ? *args.out.lift : 1.0f, args.loss_part, args.weight_part,
+            args.out.product_part, place, reinterpret_cast<float*>(shared));
     if (args.out.g) store<Format>(s, args.pairs, args.out, place);
 }
 

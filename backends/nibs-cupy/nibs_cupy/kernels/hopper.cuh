@@ -41,14 +41,15 @@ struct HopperShared {
     float scratch[MULTIPLYING][HopperPlace::SCRATCH];
 };
 
-// Tiles in groups of eight rows, so that those under way at one time share their operands in L2.
+// Tiles in groups of eight rows, so that those under way at one time share their operands in L2. Tiles and slabs are
+// counted in 32 bits, which spares registers; offsets in 64.
 struct HopperWalk {
-    i64 tall, wide;
+    int tall, wide;
 
-    NIBS_DEVICE HopperWalk(const Pairs& pairs) : tall((pairs.rows + HEIGHT - 1) / HEIGHT), wide((pairs.columns + WIDTH - 1) / WIDTH) {}
-    NIBS_DEVICE i64 count() const { return tall * wide; }
-    NIBS_DEVICE void at(i64 number, i64& row, i64& column) const {
-        const i64 group = number / (8 * wide), first = group * 8, height = min(tall - first, (i64)8), within = number - group * 8 * wide;
+    NIBS_DEVICE HopperWalk(const Pairs& pairs) : tall((int)((pairs.rows + HEIGHT - 1) / HEIGHT)), wide((int)((pairs.columns + WIDTH - 1) / WIDTH)) {}
+    NIBS_DEVICE int count() const { return tall * wide; }
+    NIBS_DEVICE void at(int number, int& row, int& column) const {
+        const int group = number / (8 * wide), first = group * 8, height = min(tall - first, 8), within = number - group * 8 * wide;
         row = first + within % height;
         column = within / height;
     }
@@ -68,36 +69,38 @@ NIBS_DEVICE void hopper_tiles(const Args& args, u8* shared, Work&& work) {
         signals_ready();
     }
     __syncthreads();
-    i64 slab = 0;  // counted over all tiles: its stage is slab % STAGES, its phase slab / STAGES
+    static_assert((STAGES & (STAGES - 1)) == 0, "the count of slabs may run over");
+    u32 slab = 0;  // over all tiles: its stage is slab % STAGES, its phase slab / STAGES
     if (warpgroup == 0) {
         registers_give<40>();
         if (threadIdx.x != 0) return;
-        for (i64 tile = blockIdx.x; tile < walk.count(); tile += gridDim.x) {
-            i64 row, column;
+        for (int tile = blockIdx.x; tile < walk.count(); tile += gridDim.x) {
+            int row, column;
             walk.at(tile, row, column);
-            for (i64 k = 0; k < args.slabs; k++, slab++) {
+            for (int k = 0; k < (int)args.slabs; k++, slab++) {
                 const int stage = (int)(slab % STAGES);
                 Signal* full = &rest.full[stage];
                 u8* to = shared + stage * STAGE;
-                signal_wait(&rest.empty[stage], (u32)(slab / STAGES & 1) ^ 1);  // passes at once the first time round
+                signal_wait(&rest.empty[stage], (slab / STAGES & 1) ^ 1);  // passes at once the first time round
                 signal_expect(full, STAGE);
-                copy_bulk(to, args.queries + (row * args.slabs + k) * PANEL, PANEL, full);
-                copy_bulk(to + PANEL, args.keys + (2 * column * args.slabs + k) * PANEL, PANEL, full);
-                copy_bulk(to + 2 * PANEL, args.keys + ((2 * column + 1) * args.slabs + k) * PANEL, PANEL, full);
+                copy_bulk(to, args.queries + ((i64)row * args.slabs + k) * PANEL, PANEL, full);
+                copy_bulk(to + PANEL, args.keys + ((i64)2 * column * args.slabs + k) * PANEL, PANEL, full);
+                copy_bulk(to + 2 * PANEL, args.keys + (((i64)2 * column + 1) * args.slabs + k) * PANEL, PANEL, full);
             }
         }
     } else {
         registers_take<232>();
         const int mine = warpgroup - 1, thread = threadIdx.x % 128, lane = thread % 32;
-        for (i64 tile = blockIdx.x; tile < walk.count(); tile += gridDim.x) {
-            i64 row, column;
+        for (int tile = blockIdx.x; tile < walk.count(); tile += gridDim.x) {
+            int row, column;
             walk.at(tile, row, column);
             float s[128];
             clear<1, 32, 4, 1>(s);
-            for (i64 k = 0; k < args.slabs; k++, slab++) {
+            NIBS_ROLL
+            for (int k = 0; k < (int)args.slabs; k++, slab++) {
                 const int stage = (int)(slab % STAGES);
                 const u8* panels = shared + stage * STAGE;
-                signal_wait(&rest.full[stage], (u32)(slab / STAGES & 1));
+                signal_wait(&rest.full[stage], (slab / STAGES & 1));
                 const u64 a = panel_descriptor(panels + mine * (PANEL / 2)), b = panel_descriptor(panels + PANEL);
                 group_fence();
                 NIBS_UNROLL

@@ -29,7 +29,7 @@ NIBS_DEVICE void lse(const LseArgs& args, u8* shared) {
         if (place.first_row() >= args.pairs.rows) return;  // the lower half of the last tiles may be empty
         NIBS_UNROLL
         for (int i = 0; i < 128; i++) s[i] *= scale;
-        leave_out(s, args.pairs, place);
+        leave_out(s, minus_infinity(), args.pairs, place);
         each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value * LN2, value; });
         statistics(s, args.pairs, args.parts, place, scratch);
     });

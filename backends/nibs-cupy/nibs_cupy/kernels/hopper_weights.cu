@@ -39,13 +39,11 @@ struct SigmoidArgs {
 
 template <class Format>
 NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
-    const float scale = *args.scale * LOG2E, lift = *args.out.lift;
+    const float scale = not_zero(*args.scale * LOG2E), lift = *args.out.lift;
     hopper_tiles<Format>(args, shared, [&](float (&s)[128], const HopperPlace& place, float* scratch) {
         if (place.first_row() >= args.pairs.rows) return;
-        NIBS_UNROLL
-        for (int i = 0; i < 128; i++) s[i] *= scale;
-        leave_out(s, args.pairs, place);
-        gradient(s, args.pairs, args.of_rows, args.of_columns, lift, place, scratch);
+        leave_out(s, forbidden(scale), args.pairs, place);
+        gradient(s, args.pairs, args.of_rows, args.of_columns, scale, lift, args.out.product_part, place, scratch);
         store<Format>(s, args.pairs, args.out, place);
     });
 }
@@ -54,12 +52,10 @@ template <class Format>
 NIBS_DEVICE void sigmoid_tiles(const SigmoidArgs& args, u8* shared) {
     hopper_tiles<Format>(args, shared, [&](float (&s)[128], const HopperPlace& place, float* scratch) {
         if (place.first_row() >= args.pairs.rows) return;
-        const float scale = *args.scale, bias = *args.bias, lift = args.out.g ? *args.out.lift : 1.0f;  // a register less each
-        NIBS_UNROLL
-        for (int i = 0; i < 128; i++) s[i] = fmaf(s[i], scale, bias);
-        leave_out(s, args.pairs, place);
-        each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value; });
-        sigmoid(s, args.pairs, args.factor, lift, args.loss_part, args.weight_part, place, scratch);
+        const float scale = not_zero(*args.scale), bias = *args.bias, lift = args.out.g ? *args.out.lift : 1.0f;  // a register less each
+        leave_out(s, forbidden(scale), args.pairs, place);
+        each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = fmaf(value, scale, bias), value; });
+        sigmoid<false>(s, args.pairs, args.factor, scale, bias, lift, args.loss_part, args.weight_part, args.out.product_part, place, scratch);
         if (args.out.g) store<Format>(s, args.pairs, args.out, place);
     });
 }

@@ -66,8 +66,10 @@ struct Group {
 template <int MF, int NF, int WM, int WN>
 struct Place {
     static constexpr int HEIGHT = WM * MF * 16, WIDTH = WN * NF * 8, WARPS = WM * WN;
-    // Scratch in shared memory, floats: one per warp, a row strip per warp column, a column strip per warp row.
-    static constexpr int SCRATCH = 2 * WARPS + WN * HEIGHT + WM * WIDTH + 2 * WIDTH;
+    // Scratch in shared memory, floats: two per warp, a row strip per warp column, a column strip per warp row, two more;
+    // or three row strips.
+    static constexpr int STRIPS = WN * HEIGHT + WM * WIDTH + 2 * WIDTH, THREE = 3 * WN * HEIGHT;
+    static constexpr int SCRATCH = 2 * WARPS + (STRIPS > THREE ? STRIPS : THREE);
     Group group;
     i64 tile_row, tile_column;  // of the tile, in tiles
     int warp_row, warp_column, lane;
@@ -101,6 +103,9 @@ struct same<A, A> {
 };
 
 NIBS_DEVICE float minus_infinity() { return -range<float>::infinity(); }
+
+// 1 / x for a power of two.
+NIBS_DEVICE float inverse_of_power(float x) { return __uint_as_float(0x7f000000u - __float_as_uint(x)); }
 
 struct Add {
     NIBS_DEVICE static float join(float a, float b) { return a + b; }
@@ -176,11 +181,12 @@ NIBS_DEVICE void each(float (&s)[MF * NF * 4], Work&& work) {
     }
 }
 
-// Forbidden pairs become -infinity: exp2 of it is 0, its softplus is 0, its weight is 0. NaN of an absent row goes too.
+// Forbidden pairs become `out`, -infinity as a logit: exp2 of it is 0, its softplus is 0, its weight is 0. NaN of an absent
+// row goes too.
 // Which they are is gathered into bits first, by loops that stay loops: unrolled into each of the sums this would be
 // most of the kernel.
 template <int MF, int NF, int WM, int WN>
-NIBS_DEVICE void leave_out(float (&s)[MF * NF * 4], const Pairs& pairs, const Place<MF, NF, WM, WN>& place) {
+NIBS_DEVICE void leave_out(float (&s)[MF * NF * 4], float out, const Pairs& pairs, const Place<MF, NF, WM, WN>& place) {
     typedef Place<MF, NF, WM, WN> Where;
     if (pairs.whole(place.first_row(), place.first_column(), Where::HEIGHT, Where::WIDTH)) return;
     constexpr int AT_ONCE = NF < 8 ? NF : 8;  // fragments of 4 bits each in a word
@@ -199,7 +205,7 @@ NIBS_DEVICE void leave_out(float (&s)[MF * NF * 4], const Pairs& pairs, const Pl
             NIBS_UNROLL
             for (int bit = 0; bit < 4 * AT_ONCE; bit++) {
                 float& value = s[(m * NF + part) * 4 + bit];
-                if (!(allowed >> bit & 1)) value = minus_infinity();
+                if (!(allowed >> bit & 1)) value = out;
             }
         }
     }
@@ -393,12 +399,22 @@ struct Side {
     const float* target;
 };
 
-// g [rows, pitch] in the format's store; lift: a power of two that float16 is multiplied by.
+// g [rows, pitch] in the format's store; lift: a power of two that float16 is multiplied by. product_part [column tiles,
+// rows], or null: row sums of g <q, k>, from weights that are not rounded and without the lift.
 struct Output {
     void* g;
     i64 pitch;
     const float* lift;
+    float* product_part;
 };
+
+// Kernels that keep products and not logits must keep forbidden pairs at -infinity of the logit, whatever the scale's sign;
+// and a scale of 0 must not make NaN of them: then it is the smallest number instead, which no sum notices.
+NIBS_DEVICE float not_zero(float scale) { return scale == 0.0f ? 1.17549435e-38f : scale; }
+NIBS_DEVICE float forbidden(float scale) { return scale < 0.0f ? range<float>::infinity() : minus_infinity(); }
+
+// g <q, k>, of which a pair that was left out has none.
+NIBS_DEVICE float weighed(float g, float product) { return g == 0.0f ? 0.0f : g * product; }
 
 NIBS_DEVICE float to_log2(float shift, float from) {  // shift * log2(e) - from, with the bits that the constant lacks
     return fmaf(shift, LOG2E, -from) + shift * LOG2E_REST;
@@ -465,10 +481,11 @@ NIBS_DEVICE void store(float (&s)[MF * NF * 4], const Pairs& pairs, const Output
     }
 }
 
-// g = row factor exp(s - row shift) + column factor exp(s - column shift) - targets on the designated, in place of s.
+// g = row factor exp(s - row shift) + column factor exp(s - column shift) - targets on the designated, in the place of the
+// products <q, k>; scale: to logits in log2 units.
 template <int MF, int NF, int WM, int WN>
-NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Side& rows, const Side& columns, float lift,
-                          const Place<MF, NF, WM, WN>& place, float* scratch) {
+NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Side& rows, const Side& columns, float scale, float lift,
+                          float* product_part, const Place<MF, NF, WM, WN>& place, float* scratch) {
     typedef Place<MF, NF, WM, WN> Where;
     // How far apart the lse values of this tile lie, in log2; rows and columns that are no anchors have +infinity.
     float low = range<float>::infinity(), high = minus_infinity();
@@ -500,6 +517,16 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
         shifts[at] = shift;
     }
     place.group.meet_all();
+    const auto target_of = [&](i64 i, i64 j) {
+        return ((rows.factor ? rows.target[i] : 0.0f) + (columns.factor ? columns.target[j] : 0.0f)) * lift;
+    };
+    float products[MF * 2];
+    NIBS_UNROLL
+    for (int k = 0; k < MF * 2; k++) products[k] = 0.0f;
+    each_designated(s, pairs, place, [&](float value, i64 i, i64 j, int slot) {
+        products[slot] = -target_of(i, j) * value;
+        return value;
+    });
     NIBS_UNROLL
     for (int m = 0; m < MF; m++) {
         NIBS_UNROLL
@@ -518,7 +545,7 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
                     float& value = s[(m * NF + n) * 4 + 2 * h + e];
                     const int at = place.own_column(n, e);
                     // Where nobody is an anchor the exponent has no bound, and infinity times 0 would be NaN.
-                    const float above = value - middle;
+                    const float product = value, above = fmaf(product, scale, -middle);
                     if (close) value = exp2_fast(above > SPREAD ? SPREAD : above) * (factor + factors[at]);
                     else {
                         float g = 0.0f;
@@ -526,16 +553,22 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
                         if (factors[at] != 0.0f) g += factors[at] * exp2_fast(above - shifts[at]);
                         value = g;
                     }
+                    products[2 * m + h] += weighed(value, product);
                 }
             }
         }
     }
-    each_designated(s, pairs, place, [&](float value, i64 i, i64 j, int) {
-        float target = 0.0f;
-        if (rows.factor) target += rows.target[i];
-        if (columns.factor) target += columns.target[j];
-        return value - target * lift;
-    });
+    each_designated(s, pairs, place, [&](float value, i64 i, i64 j, int) { return value - target_of(i, j); });
+    if (product_part) {
+        rows_to_scratch<Add, MF, NF, WM, WN>(products, place, place.of_rows(scratch));
+        place.group.meet_all();
+        const float drop = inverse_of_power(lift);
+        for (int at = place.group.thread; at < Where::HEIGHT; at += place.group.threads) {
+            const i64 i = place.first_row() + at;
+            const float sum = from_strips<Add>(place.of_rows(scratch), at, Where::HEIGHT, WN) * drop;
+            if (i < pairs.rows) product_part[place.tile_column * pairs.rows + i] = sum;
+        }
+    }
 }
 
 // -- sigmoid ------------------------------------------------------------------------------------------
@@ -548,35 +581,52 @@ NIBS_DEVICE float log1p_fast(float w) {
     return w < 0.5f ? series : __logf(1.0f + w);
 }
 
-// With t = s on negatives and -s on positives, in place of s: g = factor sigmoid(t), negative on positives. Row sums of
-// softplus(t), without the factor, and of g: loss_part, weight_part [column tiles, rows]; either may be null.
+// With t = s on negatives and -s on positives: g = factor sigmoid(t), negative on positives, in the place of the products
+// <q, k>. Row sums of softplus(t), without the factor, of g, and of g <q, k>: loss_part, weight_part, product_part
+// [column tiles, rows]; each may be null.
+//
+// PRODUCTS keeps the products beside the logits until their sum is formed, and so has to turn the sign of positives within
+// the loop: more registers than wgmma leaves. Without, the logits take the products' place first.
 //
 // softplus(t) = max(t, 0) + log(1 + e), e = exp(-|t|): 1 + e loses an e below 1e-7, and there are millions of such. So four
 // pairs are taken together: their product of (1 + e) less 1 is formed without ever adding the 1, and goes to log1p_fast. One
 // reciprocal of the product, times the other factors, gives each pair's 1 / (1 + e).
-template <int MF, int NF, int WM, int WN>
-NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const float* factor, float lift, float* loss_part, float* weight_part,
-                         const Place<MF, NF, WM, WN>& place, float* scratch) {
+template <bool PRODUCTS, int MF, int NF, int WM, int WN>
+NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const float* factor, float scale, float bias, float lift, float* loss_part,
+                         float* weight_part, float* product_part, const Place<MF, NF, WM, WN>& place, float* scratch) {
     typedef Place<MF, NF, WM, WN> Where;
-    float losses[MF * 2], weights[MF * 2];
-    const float drop = 1.0f / lift;  // exact: a power of two
-    each_designated(s, pairs, place, [&](float value, i64, i64, int) { return -value; });
+    float losses[MF * 2], weights[MF * 2], products[MF * 2];
+    const float drop = inverse_of_power(lift);
+    if constexpr (!PRODUCTS) {
+        NIBS_UNROLL
+        for (int k = 0; k < MF * NF * 4; k++) s[k] = fmaf(s[k], scale, bias);
+        each_designated(s, pairs, place, [&](float value, i64, i64, int) { return -value; });
+    }
     NIBS_UNROLL
     for (int m = 0; m < MF; m++) {
         NIBS_UNROLL
         for (int h = 0; h < 2; h++) {
             const i64 i = place.row(m, h);
+            int positive = -1;  // counted from this thread's first column
+            if constexpr (PRODUCTS) {
+                const i64 from = pairs.designated(i) - place.column(0, 0);
+                if (from >= 0 && from < NF * 8) positive = (int)from;
+            }
             const float own = (factor ? (i < pairs.rows ? factor[i] : 0.0f) : 1.0f) * lift;
-            float loss = 0.0f, weight = 0.0f;
+            float loss = 0.0f, weight = 0.0f, product = 0.0f;
             NIBS_UNROLL
             for (int n = 0; n < NF; n += 2) {
-                float one[4], small[4];  // 1 + e, and e
+                float t[4], one[4], small[4];  // 1 + e, and e
                 NIBS_UNROLL
                 for (int k = 0; k < 4; k++) {
-                    const float t = s[(m * NF + n + k / 2) * 4 + 2 * h + (k & 1)];
-                    small[k] = exp2_fast(-fabsf(t) * LOG2E);
+                    t[k] = s[(m * NF + n + k / 2) * 4 + 2 * h + (k & 1)];
+                    if constexpr (PRODUCTS) {
+                        t[k] = fmaf(t[k], scale, bias);
+                        t[k] = positive == (n + k / 2) * 8 + (k & 1) ? -t[k] : t[k];
+                    }
+                    small[k] = exp2_fast(-fabsf(t[k]) * LOG2E);
                     one[k] = 1.0f + small[k];
-                    loss += t > 0.0f ? t : 0.0f;
+                    loss += t[k] > 0.0f ? t[k] : 0.0f;
                 }
                 const float w01 = small[0] + small[1] + small[0] * small[1], w23 = small[2] + small[3] + small[2] * small[3];
                 loss += log1p_fast(w01 + w23 + w01 * w23);
@@ -584,32 +634,41 @@ NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const floa
                 const float others[4] = {one[1] * p23, one[0] * p23, one[3] * p01, one[2] * p01};
                 NIBS_UNROLL
                 for (int k = 0; k < 4; k++) {
-                    float& t = s[(m * NF + n + k / 2) * 4 + 2 * h + (k & 1)];
-                    t = (t < 0.0f ? small[k] : 1.0f) * (others[k] * inverse);
-                    weight += t;
+                    float& value = s[(m * NF + n + k / 2) * 4 + 2 * h + (k & 1)];
+                    float g = (t[k] < 0.0f ? small[k] : 1.0f) * (others[k] * inverse);
+                    if constexpr (PRODUCTS) {
+                        g = positive == (n + k / 2) * 8 + (k & 1) ? -g : g;
+                        product += weighed(g, value);
+                    }
+                    weight += g;
+                    value = g;
                 }
             }
             losses[2 * m + h] = loss;
-            weights[2 * m + h] = weight;
+            weights[2 * m + h] = weight * drop;
+            products[2 * m + h] = product * drop;
         }
     }
-    each_designated(s, pairs, place, [&](float value, i64, i64, int slot) {
-        weights[slot] -= 2.0f * value;
-        return -value;
-    });
-    NIBS_UNROLL
-    for (int k = 0; k < MF * 2; k++) weights[k] *= drop;
-    float *loss_strip = place.of_rows(scratch), *weight_strip = place.of_columns(scratch);
-    static_assert(WN * Where::HEIGHT <= WM * Where::WIDTH + 2 * Where::WIDTH, "the second strip fits behind the first");
+    if constexpr (!PRODUCTS)
+        each_designated(s, pairs, place, [&](float value, i64, i64, int slot) {
+            weights[slot] -= 2.0f * drop * value;
+            return -value;
+        });
+    constexpr int STRIP = WN * Where::HEIGHT;
+    float* strips = place.of_rows(scratch);
+    static_assert(3 * STRIP <= Where::SCRATCH - 2 * Where::WARPS, "three strips fit");
     place.group.meet_all();  // of the tile before
-    rows_to_scratch<Add, MF, NF, WM, WN>(losses, place, loss_strip);
-    rows_to_scratch<Add, MF, NF, WM, WN>(weights, place, weight_strip);
+    rows_to_scratch<Add, MF, NF, WM, WN>(losses, place, strips);
+    rows_to_scratch<Add, MF, NF, WM, WN>(weights, place, strips + STRIP);
+    if (PRODUCTS) rows_to_scratch<Add, MF, NF, WM, WN>(products, place, strips + 2 * STRIP);
     place.group.meet_all();
+    float* const parts[3] = {loss_part, weight_part, product_part};
     for (int at = place.group.thread; at < Where::HEIGHT; at += place.group.threads) {
         const i64 i = place.first_row() + at;
-        if (i >= pairs.rows) continue;
-        if (loss_part) loss_part[place.tile_column * pairs.rows + i] = from_strips<Add>(loss_strip, at, Where::HEIGHT, WN);
-        if (weight_part) weight_part[place.tile_column * pairs.rows + i] = from_strips<Add>(weight_strip, at, Where::HEIGHT, WN);
+        NIBS_UNROLL
+        for (int k = 0; k < 2 + PRODUCTS; k++)
+            if (parts[k] && i < pairs.rows)
+                parts[k][place.tile_column * pairs.rows + i] = from_strips<Add>(strips + k * STRIP, at, Where::HEIGHT, WN);
     }
 }
 
