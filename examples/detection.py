@@ -84,8 +84,10 @@ def proposals(canvas: np.ndarray) -> np.ndarray:
     ink = np.pad(is_ink(canvas), 1)
     found = set()
     for size in WINDOWS:
-        for top in range(0, ink.shape[0] - size, STRIDE):
-            for left in range(0, ink.shape[1] - size, STRIDE):
+        furthest = ink.shape[0] - size - 1  # where a window touches the far edge
+        starts = [*range(0, furthest, STRIDE), furthest]
+        for top in starts:
+            for left in starts:
                 window = ink[top : top + size + 1, left : left + size + 1]
                 if window[0].any() or window[-1].any() or window[:, 0].any() or window[:, -1].any():
                     continue

@@ -42,9 +42,9 @@ class Encoder(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.log_scale = log_scale
 
-    def forward(self, inputs: Any) -> Any:
-        """Return rows, or rows and the scale."""
-        rows = self.method(inputs)
+    def forward(self, inputs: Any = None, **named: Tensor) -> Any:
+        """Return rows, or rows and the scale. A dict comes as it is, or by name, as DecoupledStep hands it."""
+        rows = self.method(named if inputs is None else inputs)
         return rows if self.log_scale is None else (rows, learned_scale(self.log_scale))
 
 
