@@ -40,6 +40,7 @@ __all__ = ["FusedTiles", "asked", "fused_plan", "hints", "kernel_for", "why_not"
 KERNELS = ("torch", "triton")
 OLDEST = (8, 0)  # compute capability: bfloat16, and 10-bit float32 products
 FOLD = 64  # rows of a program that folds
+WHOLE = 256  # a multiple of every tile's rows and columns
 
 
 def asked(plan: Any) -> str | None:
@@ -245,7 +246,6 @@ class FusedTiles(TorchTiles):
             rows.sums,
             columns.sums,
             rows.shifts,
-            rows.marks,
             rows.positives,
             kept,
             **counts,
@@ -276,7 +276,7 @@ class FusedTiles(TorchTiles):
             ROWS=problem.rows,
             COLUMNS=problem.columns,
             **flags,
-            **self._small(config),
+            **self._small("repair", config),
         )
         return rows, columns, kept
 
@@ -354,7 +354,7 @@ class FusedTiles(TorchTiles):
         sides = [side for side in (rows, columns) if side is not None]
         made = Made(self._made(tile), self._lift(*(side.factor for side in sides)), None, None)
         if problem.total_product:
-            made.product = self.zeros(counts["row_tiles"], counts["column_tiles"])
+            made.product = self.zeros(counts["column_tiles"], tile.queries.shape[0])
         each = []
         for side in (rows, columns):
             each += [None] * 4 if side is None else [side.factor, side.shift, side.target, side.smooth]
@@ -398,7 +398,7 @@ class FusedTiles(TorchTiles):
             **flags,
             MULTI=problem.multi,
             TF32=self.tf32,
-            **self._small(config),
+            **self._small("wide", config),
         )
         return made
 
@@ -414,8 +414,8 @@ class FusedTiles(TorchTiles):
         made = rows = None
         if factor is not None:
             made = Made(self._made(tile), self._lift(factor), None, None)
-            made.product = self._room(*tiles) if problem.total_product else None
-            made.total = self._room(*tiles) if problem.total_weight else None
+            made.product = self._room(tiles[1], size) if problem.total_product else None
+            made.total = self._room(tiles[1], size) if problem.total_weight else None
         if loss:
             names = list(ROW_FIELDS) if problem.stats else ["mass"]
             rows = Partial(names, self._room(len(names), tiles[1], size), size, tiles[1])
@@ -508,7 +508,8 @@ class FusedTiles(TorchTiles):
             return self.fixed[kernel]
         busy = problem.multi or problem.exclude or problem.exclude_self or problem.margin is not None
         busy = busy or (kernel != "weights" and (problem.sums or problem.stats))
-        return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy)
+        ragged = tile.queries.shape[0] % WHOLE != 0 or tile.keys.shape[0] % WHOLE != 0
+        return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, ragged=ragged)
 
     def _counts(self, tile: Tile, config: Any) -> dict[str, int]:
         rows, columns = tile.queries.shape[0], tile.keys.shape[0]
@@ -589,16 +590,18 @@ class FusedTiles(TorchTiles):
             "UPCAST": self.upcast,
         }
 
-    def _small(self, config: Any) -> dict[str, Any]:
-        rows, columns = self.tuning.SMALL
+    def _small(self, kernel: str, config: Any) -> dict[str, Any]:
+        """The small tiles in which a kernel goes through tiles of `config`."""
+        small = self.tuning.SMALL[kernel]
         return {
             "BM": config.rows,
             "BN": config.columns,
-            "SM": rows,
-            "SN": columns,
-            "BK": 32,
+            "SM": small.rows,
+            "SN": small.columns,
+            "BK": small.width,
             "PRECISION": "tf32" if self.tf32 else "ieee",
             "UPCAST": self.upcast,
+            "config": small,
         }
 
     def _made(self, tile: Tile) -> Any:

@@ -5,15 +5,16 @@
     E = exp2((s - u) log2 e + LIFT)           one exponential an element
     RP [fields, column tiles, r]              E's row sums, and what else the call asks for
     CP [fields, row tiles, c]                 its column sums
-    U, MARK [row tiles, column tiles]         the shift; 1 where it was not good for every row and column
+    U [row tiles, column tiles]               the shift
+    MARK [row tiles, column tiles]            1 where it was not good for every row and column
 
 Plan. `lse` leaves partial sums, one for each tile a row passes through. `repair`, always launched so that the host need
-not look, returns at once on tiles that are not marked, and redoes the others with each row's and each column's own
-shift, into `RS`, `CS` beside the sums. `fold` adds the partial sums of a row (column) in the order of the tiles to
+not look, finds the tiles where one shift was not enough, marks them, and redoes them with each row's and each column's
+own shift, into `RS`, `CS` beside the sums. `fold` adds the partial sums of a row (column) in the order of the tiles to
 what earlier macro tiles left: no atomics, so the same bits each time, and no merge afterwards.
 
 LIFT = 100 keeps entries down to 2^-226 of the maximum; a row or column that sums to less than 2^-120 of it has lost
-terms that count, and marks its tile. Sums leave without the lift, so float32 holds every one that is not marked.
+terms that count, and leaves as -1. Sums leave without the lift, so float32 holds every one that is not marked.
 
 The positive's logit is read off the same `s`, by the one tile that holds it.
 
@@ -69,7 +70,7 @@ def fields(table: dict[str, tuple[str, ...]], *, multi: bool, sums: bool, stats:
 
 @triton.jit(do_not_specialize=COUNTS)
 def lse(
-    Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, MARK, PS, KEPT,
+    Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, PS, KEPT,
     rows, columns, d, offset, row_tiles, column_tiles, programs, sq0, sq1, sk0, sk1, sp,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr,
     SELF: tl.constexpr, SUMS: tl.constexpr, STATS: tl.constexpr, RAGGED: tl.constexpr,
@@ -80,14 +81,14 @@ def lse(
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):
             lse_tile(
-                tile, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, MARK, PS, KEPT,
+                tile, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, PS, KEPT,
                 rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1, sp,
                 ROWS, COLUMNS, DESIGNATED, EXCLUDE, MULTI, SELF, SUMS, STATS, RAGGED,
                 BM, BN, BK, GROUP, DESC, PRECISION, UPCAST,
             )  # fmt: skip
     else:
         lse_tile(
-            tl.program_id(0), Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, MARK, PS, KEPT,
+            tl.program_id(0), Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, PS, KEPT,
             rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1, sp,
             ROWS, COLUMNS, DESIGNATED, EXCLUDE, MULTI, SELF, SUMS, STATS, RAGGED,
             BM, BN, BK, GROUP, DESC, PRECISION, UPCAST,
@@ -96,7 +97,7 @@ def lse(
 
 @triton.jit
 def lse_tile(
-    tile, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, MARK, PS, KEPT,
+    tile, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, AW, RP, CP, U, PS, KEPT,
     rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1, sp,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr,
     SELF: tl.constexpr, SUMS: tl.constexpr, STATS: tl.constexpr, RAGGED: tl.constexpr,
@@ -137,7 +138,7 @@ def lse_tile(
             ok = by_row | by_column
         s = tl.where(ok, s, -INFINITY)
         top = tl.max(s, 1)
-        u = tl.max(top, 0)
+        u = tl.max(s)
         u = tl.where(u == -INFINITY, 0.0, u)
         e = tl.exp2((s - u) * LOG2E + LIFT)
         if MARGIN:
@@ -156,21 +157,17 @@ def lse_tile(
         row_lost = ((row_mass >= LOW) == 0) & row_has
         column_lost = ((column_mass >= LOW) == 0) & column_has
     else:
-        u = tl.max(tl.max(s, 1), 0)
+        u = tl.max(s)
         e = tl.exp2((s - u) * LOG2E + LIFT)
         row_mass = tl.sum(e, 1) * UNLIFT
         column_mass = tl.sum(e, 0) * UNLIFT
         row_lost = (row_mass >= LOW) == 0
         column_lost = (column_mass >= LOW) == 0
-    mark = 0
     if ROWS:
-        tl.store(row_at, row_mass, mask=row_in)
-        mark = mark | tl.max(row_lost.to(tl.int32), 0)
+        tl.store(row_at, tl.where(row_lost, -1.0, row_mass), mask=row_in)
     if COLUMNS:
-        tl.store(column_at, column_mass, mask=column_in)
-        mark = mark | tl.max(column_lost.to(tl.int32), 0)
+        tl.store(column_at, tl.where(column_lost, -1.0, column_mass), mask=column_in)
     tl.store(U + pm * column_tiles + pn, u)
-    tl.store(MARK + pm * column_tiles + pn, mark)
     row_next = row_at + row_field
     column_next = column_at + column_field
     if MULTI or SUMS or STATS:
@@ -245,8 +242,18 @@ def repair(
     RS [column tiles, r], CS [row tiles, c]: those shifts, read by `fold` where a tile is marked.
     """
     for tile in range(tl.program_id(0), row_tiles * column_tiles, programs):
-        if tl.load(MARK + tile) != 0:
-            pm, pn = tile // column_tiles, tile % column_tiles
+        pm, pn = tile // column_tiles, tile % column_tiles
+        least = 0.0
+        if ROWS:
+            all_rows = pm * BM + tl.arange(0, BM)
+            masses = tl.load(RP + pn.to(tl.int64) * rows + all_rows, mask=all_rows < rows, other=0.0)
+            least = tl.min(masses, 0)
+        if COLUMNS:
+            all_columns = pn * BN + tl.arange(0, BN)
+            found = tl.load(CP + pm.to(tl.int64) * columns + all_columns, mask=all_columns < columns, other=0.0)
+            least = tl.minimum(least, tl.min(found, 0))
+        tl.store(MARK + tile, (least < 0.0).to(tl.int32))
+        if least < 0.0:
             if ROWS:
                 for i in range(0, BM // SM):
                     row = pm * BM + i * SM

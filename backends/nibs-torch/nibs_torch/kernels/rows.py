@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["LIFTED_TO", "lift", "plain_lift", "plain_poison", "plain_tf32", "poison", "round_rows", "to_tf32"]
+__all__ = ["LIFTED_TO", "lift", "narrow", "plain_lift", "plain_poison", "plain_tf32", "poison", "round_rows", "to_tf32"]
 
 LIFTED_TO: tl.constexpr = tl.constexpr(16384.0)  # float16 ends at 65504: room for sums of two sides that round up
 
@@ -29,6 +29,15 @@ def to_tf32(x):
     """float32 rounded to 10 bits of mantissa, ties away from zero."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def narrow(x, like, INTERPRETED: tl.constexpr):
+    """float32 in the element type of the pointer `like`, to nearest even. The interpreter would cut bfloat16 off."""
+    if INTERPRETED and like.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(like.dtype.element_ty)
 
 
 @triton.jit

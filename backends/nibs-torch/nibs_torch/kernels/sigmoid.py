@@ -4,7 +4,7 @@
     x = -z (scale acc + bias)             z = +1 on positives, -1 elsewhere
     RP [1, column tiles, r]               row sums of softplus(x)                                       (3)
     G [r, c]                              lift * w_i * (-z) sigmoid(x), in the input's dtype            (4)
-    PRODUCT, TOTAL [row tiles, column tiles]    sums of g_ij <q_i, k_j> and of g_ij, for scale and bias
+    PRODUCT, TOTAL [column tiles, r]      sums of g_ij <q_i, k_j> and of g_ij, for scale and bias
 
 Plan. One exponential an element, e = exp(-|x|): softplus(x) = max(x, 0) + log1p(e), and sigmoid(x) is 1 / (1 + e) or
 e / (1 + e). Far from the positives e is 1e-5 and less, where log(1 + e) keeps three digits. So four elements are taken
@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nibs_torch.kernels.rows import to_tf32
+from nibs_torch.kernels.rows import narrow, to_tf32
 from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, permitted, place, target_of
 
 __all__ = ["plain_sigmoid", "sigmoid"]
@@ -75,6 +75,7 @@ def softplus_parts(x, ok, PAIRS: tl.constexpr):
 def write(
     acc, e, inverse, ok, found, factor, LIFTED, G, om, on, rows, columns, sg,
     PRODUCT: tl.constexpr, TOTAL: tl.constexpr, PAIRS: tl.constexpr, RAGGED: tl.constexpr, TF32: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The weights of a quarter into G; returns the sums of weight times product, and of weights."""
     above = e.to(tl.int32, bitcast=True) >= 0  # the sign of zero counts
@@ -82,23 +83,24 @@ def write(
     g = tl.where(found, -g, g) * factor[:, None]
     if PAIRS:
         g = tl.where(ok, g, 0.0)
-    product, total = 0.0, 0.0
+    product = tl.zeros(om.shape, tl.float32)
+    total = product
     if PRODUCT:
         each = g * acc
         if PAIRS:
             each = tl.where(ok, each, 0.0)
-        product = tl.sum(tl.sum(each, 1), 0)
+        product = tl.sum(each, 1)
     if TOTAL:
-        total = tl.sum(tl.sum(g, 1), 0)
+        total = tl.sum(g, 1)
     if LIFTED is not None:
         g = g * tl.load(LIFTED)
     if TF32:
         g = to_tf32(g)
     at = G + om[:, None].to(tl.int64) * sg + on[None, :]
     if RAGGED:
-        tl.store(at, g.to(G.dtype.element_ty), mask=(om < rows)[:, None] & (on < columns)[None, :])
+        tl.store(at, narrow(g, G, INTERPRETED), mask=(om < rows)[:, None] & (on < columns)[None, :])
     else:
-        tl.store(at, g.to(G.dtype.element_ty))
+        tl.store(at, narrow(g, G, INTERPRETED))
     return product, total
 
 
@@ -194,17 +196,17 @@ def sigmoid_tile(
         WITH_PRODUCT: tl.constexpr = PRODUCT is not None
         WITH_TOTAL: tl.constexpr = TOTAL is not None
         s1, t1 = write(a1, z1, (1.0 + e2) * i12, ok1, f1, factor, LIFTED, G, om, n1, rows, columns, sg,
-                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32)  # fmt: skip
+                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32, UPCAST)  # fmt: skip
         s2, t2 = write(a2, z2, (1.0 + e1) * i12, ok2, f2, factor, LIFTED, G, om, n2, rows, columns, sg,
-                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32)  # fmt: skip
+                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32, UPCAST)  # fmt: skip
         s3, t3 = write(a3, z3, (1.0 + e4) * i34, ok3, f3, factor, LIFTED, G, om, n3, rows, columns, sg,
-                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32)  # fmt: skip
+                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32, UPCAST)  # fmt: skip
         s4, t4 = write(a4, z4, (1.0 + e3) * i34, ok4, f4, factor, LIFTED, G, om, n4, rows, columns, sg,
-                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32)  # fmt: skip
+                       WITH_PRODUCT, WITH_TOTAL, PAIRS, RAGGED, TF32, UPCAST)  # fmt: skip
         if PRODUCT is not None:
-            tl.store(PRODUCT + pm * column_tiles + pn, (s1 + s2) + (s3 + s4))
+            tl.store(PRODUCT + pn.to(tl.int64) * rows + om, (s1 + s2) + (s3 + s4), mask=row_in)
         if TOTAL is not None:
-            tl.store(TOTAL + pm * column_tiles + pn, (t1 + t2) + (t3 + t4))
+            tl.store(TOTAL + pn.to(tl.int64) * rows + om, (t1 + t2) + (t3 + t4), mask=row_in)
 
 
 def plain_sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,26 +62,29 @@ class Card:
 # Busy: kernels with ids, a margin, exclusions or statistics compiled in, which take registers for them.
 Choices = dict[str, tuple[Config, ...]]
 HALVES: dict[str, Choices] = {
-    "sm_80": {"*": (Config(128, 64, 32, 8, 3),)},
-    "sm_89": {"*": (Config(128, 64, 32, 8, 3),)},
+    "sm_80": {"*": (Config(128, 64, 32, 8, 3),), "lse": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3))},
+    "sm_89": {"*": (Config(128, 64, 32, 8, 3),), "lse": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3))},
     "sm_90": {
         "lse": (Config(128, 256, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True, 1)),
+        "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
         "weights": (Config(128, 128, 64, 8, 3, True, 1),),
         "sigmoid": (Config(128, 64, 64, 8, 4, True, 1),),
     },
-    "sm_100": {"*": (Config(128, 64, 64, 8, 3),)},
+    "sm_100": {"*": (Config(128, 64, 64, 8, 3),), "lse": (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3))},
     "sm_120": {"*": (Config(128, 64, 32, 8, 3),)},
     "gfx942": {"*": (Config(128, 64, 32, 8, 2),)},
 }
-FLOATS: dict[str, Choices] = {}
+FLOATS: dict[str, Choices] = {arch: {"*": (Config(128, 64, 32, 8, 3),)} for arch in ("sm_80", "sm_89", "sm_90")}
 SAFE = (Config(64, 64, 32, 8, 2), Config(32, 32, 32, 4, 2))
 IEEE = (Config(64, 64, 16, 8, 2),)  # products without tensor cores
 INTERPRETER = (Config(32, 64, 32, 4, 1),)
-SMALL = (32, 32)  # rows and columns of the tiles in which repairs go; they divide every tile above
+SMALL = {"repair": Config(32, 32, 32, 4, 3), "wide": Config(32, 32, 32, 4, 2)}  # they divide every tile above
 
 
-def choices(arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool = False) -> tuple[Config, ...]:
-    """Configurations for elements of `item` bytes, first choice first. arch: as in `Card`."""
+def choices(
+    arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, ragged: bool = False
+) -> tuple[Config, ...]:
+    """Configurations for elements of `item` bytes, first choice first. arch: as in `Card`; ragged: tiles cut off."""
     if arch == "interpreter":
         return INTERPRETER
     if ieee:
@@ -89,7 +92,8 @@ def choices(arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool
     if busy:
         return SAFE
     table = (HALVES if item == 2 else FLOATS).get(arch, {})
-    return (*table.get(kernel, table.get("*", ())), *SAFE)
+    own = table.get(kernel, table.get("*", ()))
+    return (*(table.get(f"{kernel} ragged", own) if ragged else own), *SAFE)
 
 
 def shared_bytes(config: Config, item: int) -> int:
@@ -98,12 +102,14 @@ def shared_bytes(config: Config, item: int) -> int:
     return operands + 2 * KIB * config.warps
 
 
-def config(card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool = False) -> Config:
+def config(
+    card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, ragged: bool = False
+) -> Config:
     """What was measured on this card, else the first choice that fits it."""
-    kept = None if busy else _cache().get(_key(card, kernel, item, ieee))
+    kept = None if busy or ragged else _cache().get(_key(card, kernel, item, ieee))
     if kept is not None:
         return Config(**kept)
-    found = choices(card.arch, kernel, item, ieee=ieee, busy=busy)
+    found = choices(card.arch, kernel, item, ieee=ieee, busy=busy, ragged=ragged)
     return next((one for one in found if shared_bytes(one, item) <= card.shared), found[-1])
 
 

@@ -3,7 +3,7 @@
     queries Q [r, d], keys K [c, d]             one macro tile, cut into tiles of BM x BN
     g_ij = f_i exp(s_ij - l_i) + f_j exp(s_ij - l_j) - smooth_i - smooth_j - (t_i + t_j) [j positive]     (2)
     G [r, c]                                     lift * g in the input's dtype
-    PRODUCT [row tiles, column tiles]            sums of g_ij <q_i, k_j>, from which the scale's gradient comes
+    PRODUCT [column tiles, r]                    sums of g_ij <q_i, k_j>, from which the scale's gradient comes
 
 f, l, t, smooth are `nibs.verbs.Weights`: factor, shift, target, smooth. The two products `G K` and `G^T Q` around this
 kernel belong to the library; `nibs_torch.fused` calls them.
@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nibs_torch.kernels.rows import to_tf32
+from nibs_torch.kernels.rows import narrow, to_tf32
 from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, permitted, place, target_of, within
 
 __all__ = ["SPREAD", "plain_weights", "weights", "wide"]
@@ -178,15 +178,16 @@ def weights_tile(
             if PAIRS or MARGIN:
                 each = tl.where(ok, each, 0.0)  # an absent row's product may be NaN
             # Row by row, where p - y is a small difference of numbers near one.
-            tl.store(PRODUCT + pm * column_tiles + pn, tl.sum(tl.sum(each, 1) - aim * product, 0))
+            found = tl.sum(each, 1) - aim * product
+            tl.store(PRODUCT + pn.to(tl.int64) * rows + om, found, mask=row_in)
         if LIFTED is not None:
             g = g * tl.load(LIFTED)
         at = G + om[:, None].to(tl.int64) * sg + on[None, :]
         out = to_tf32(g) if TF32 else g
         if RAGGED:
-            tl.store(at, out.to(G.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
+            tl.store(at, narrow(out, G, UPCAST), mask=row_in[:, None] & column_in[None, :])
         else:
-            tl.store(at, out.to(G.dtype.element_ty))
+            tl.store(at, narrow(out, G, UPCAST))
         if DESIGNATED != 0 and not MULTI:  # noqa: SIM102 - known when compiled
             if holds:  # once more, less their targets: one element a row
                 if LIFTED is not None:
@@ -196,7 +197,7 @@ def weights_tile(
                     one = to_tf32(one)
                 tl.debug_barrier()  # after the store above
                 here = (target >= column) & (target < column + BN)
-                tl.store(G + om.to(tl.int64) * sg + target, one.to(G.dtype.element_ty), mask=here)
+                tl.store(G + om.to(tl.int64) * sg + target, narrow(one, G, UPCAST), mask=here)
 
 
 @triton.jit
@@ -240,12 +241,12 @@ def wide(
         pm, pn = tile // column_tiles, tile % column_tiles
         _, width = span(RS, CS, pm * BM, pn * BN, rows, columns, BM, BN)
         if (width <= SPREAD) == 0:
-            total = 0.0
             for i in range(0, BM // SM):
                 row = pm * BM + i * SM
                 om = row + tl.arange(0, SM)
                 row_in = om < rows
                 target = target_of(T, om, rows, columns, offset, DESIGNATED)
+                total = tl.zeros((SM,), tl.float32)
                 for j in range(0, BN // SN):
                     column = pn * BN + j * SN
                     on = column + tl.arange(0, SN)
@@ -280,15 +281,15 @@ def wide(
                         g, hit, target, om, on, rows, columns, offset, column, QM, KM, QID, KID, RT, CT,
                         DESIGNATED, EXCLUDE, MULTI, SELF, True, SN,
                     )  # fmt: skip
-                    total += tl.sum(tl.sum(tl.where(ok, g * acc, 0.0), 1), 0)
+                    total += tl.sum(tl.where(ok, g * acc, 0.0), 1)
                     if LIFTED is not None:
                         g = g * tl.load(LIFTED)
                     if TF32:
                         g = to_tf32(g)
                     at = G + om[:, None].to(tl.int64) * sg + on[None, :]
-                    tl.store(at, g.to(G.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
-            if PRODUCT is not None:
-                tl.store(PRODUCT + tile, total)
+                    tl.store(at, narrow(g, G, UPCAST), mask=row_in[:, None] & column_in[None, :])
+                if PRODUCT is not None:
+                    tl.store(PRODUCT + pn.to(tl.int64) * rows + om, total, mask=row_in)
 
 
 def plain_weights(
