@@ -46,7 +46,9 @@ class Host:
 
     def address(self, array: Any) -> int:
         """Where the array begins, a number for a kernel's arguments; 0 for None."""
-        return 0 if array is None else array.__array_interface__["data"][0]
+        # Not by `__array_interface__`, which interns strings and lets them go: now and then the interpreter would
+        # rebuild its table of them, 2 MB that a memory budget knows nothing of.
+        return 0 if array is None else array.ctypes.data
 
     def kernel(self, file: str, name: str, arch: str | None = None) -> Callable[..., None]:
         """`launch(grid, threads, arguments, shared=0)`; see `Runner.kernel`. arch is a GPU's affair."""
@@ -55,6 +57,10 @@ class Host:
     def product(self, a: Any, b: Any, precision: str) -> Any:
         """`a @ b`, by the BLAS library."""
         return a @ b
+
+    def processors(self) -> int:
+        """Multiprocessors; here a number that gives each thread block several tiles."""
+        return 3
 
     def fetch(self, array: Any) -> Any:
         """The same values as a NumPy array."""
@@ -120,6 +126,9 @@ class Cuda:
             return a @ b
         finally:
             linear.set_compute_type(a.dtype, before)
+
+    def processors(self) -> int:
+        return int(self.cupy.cuda.Device().attributes["MultiProcessorCount"])
 
     def fetch(self, array: Any) -> Any:
         return self.cupy.asnumpy(array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import shutil
 from collections.abc import Callable
@@ -238,6 +239,24 @@ def test_many_squares_and_tiles_agree_with_the_oracle(host, serve, objective, dt
 
     want = solve(problem)
     Judge(lambda _: None).outcome(got, want, budget_of(problem, dtype, want), problem)
+
+
+def test_a_call_leaves_nothing_to_the_garbage_collector(host, serve):
+    # What waits for the collector adds to what is held, and a budget is a promise.
+    serve(host)
+    values = rows(np.random.default_rng(0), 100, 8, np.float32)
+
+    def call() -> None:
+        nibs.contrastive_loss_and_grad(values, values, objective=nibs.Sigmoid(), backend="cupy-on-host")
+
+    call()
+    gc.collect()
+    gc.disable()
+    try:
+        call()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_the_plan_names_the_kernel(host, serve):

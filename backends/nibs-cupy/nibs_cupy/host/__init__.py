@@ -102,7 +102,7 @@ class Runner:
         order, seed, latest = self.order, self.seed, self.clock == "latest"
 
         def launch(grid: Any, threads: Any, arguments: Any, shared: int = 0) -> None:
-            message = ctypes.create_string_buffer(MESSAGE)
+            message = Message()
             where = ctypes.addressof(message)
             how = Launch(_three(grid), _three(threads), shared, order, latest, MESSAGE, seed, where)
             if function(arguments.ctypes.data, arguments.nbytes, ctypes.addressof(how)):
@@ -164,7 +164,9 @@ def compiler() -> list[str]:
     )
 
 
+# Made once: a new array type for each launch would be garbage that waits for the collector.
 Three = ctypes.c_uint * 3
+Message = ctypes.c_char * MESSAGE
 
 
 def _three(value: Any) -> Any:
