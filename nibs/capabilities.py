@@ -32,6 +32,7 @@ FEATURES: dict[str, str] = {
     "precision": "precision='high' and 'highest'",
     "reduction_none": "reduction='none'",
     "stats": "stats=True",
+    "streaming": "device= and out=: queries and keys fetched tile by tile from where they are kept",
     "targets": "targets=",
     "traced": "runs inside a traced function (jit, compile)",
     "uneven_shards": "ranks of a ring may hold shards of different sizes",
@@ -82,6 +83,8 @@ class Capabilities:
                 return f"it lacks {FEATURES[feature]} ('{feature}')"
         if request.ring is not None and not self.takes_ring(request.ring):
             return f"it rings over {_list(self.collectives)}, not over {type(request.ring).__name__}"
+        if request.streams and getattr(request.ring, "size", 1) > 1:
+            return "it fetches with device= and out= on one device, not on a ring: move the shard to its device"
         return None
 
     def takes_ring(self, ring: object) -> bool:
@@ -148,6 +151,8 @@ def needs(request: Request) -> list[str]:
         found.append("reduction_none")
     if request.stats:
         found.append("stats")
+    if request.streams:
+        found.append("streaming")
     if request.targets is not None:
         found.append("targets")
     if request.weights is not None:

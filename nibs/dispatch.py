@@ -73,6 +73,8 @@ def contrastive_loss(queries: Any, keys: Any, *, backend: str | None = None, **o
         plan [None]: a `Plan` from `nibs.plan(...)`, in place of `memory`; its tiles and its sweep are taken, and
             what it says of bytes and flops is that of the rows it was made for.
         stats [False]: also return `Stats`.
+        device [None]: where to compute, such as `"cuda:0"`, with queries and keys in host memory (memory-mapped, too):
+            they are fetched tile by tile, gradients return to where the inputs are, and the batch need not fit.
         backend [None]: a name; else `use_backend`, else NIBS_BACKEND, else the owner of the arrays;
             `"fastest"` asks the plugins' policy.
 
@@ -92,6 +94,10 @@ def run(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]) -
 
 
 def _loss(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]) -> Any:
+    if options.get("out") is not None:
+        raise InvalidInput(
+            "out= with contrastive_loss: its gradients are autograd's. Use contrastive_loss_and_grad, which fills them."
+        )
     request = make_request(queries, keys, registry, **_known(options))
     owner = registry.load(request.owner)
     check_values(request, owner)
@@ -107,6 +113,8 @@ def contrastive_loss_and_grad(queries: Any, keys: Any, *, backend: str | None = 
 
     The gradients are those of the returned loss, each in the shape and dtype of its input, for the names in
     `wrt` (all four unless given). `reduction="none"` has no single gradient and is an InvalidInput.
+    out [None]: a dict with arrays for the gradients of "queries", "keys" or both, memory-mapped ones too, of the
+    inputs' shape and dtype, apart from them in memory; they are filled strip by strip, as with `device=`.
     """
     if options.get("wrt") is None:
         options["wrt"] = WRT
@@ -242,10 +250,14 @@ def _crossing(name: str, owner: Backend) -> Callable[[Request], Any]:
         return owner.asarray(foreign.detach(value)) if is_array(value) else value
 
     def loss_and_grad(request: Request) -> Any:
+        out = request.out or {}
         moved = replace(request, owner=name, **{field: over(getattr(request, field)) for field in arrays})
-        moved = replace(moved, device=device_name(moved.queries))
+        if request.streams:
+            moved = replace(moved, out={field: over(array) for field, array in out.items()} or None)
+        else:
+            moved = replace(moved, device=device_name(moved.queries))
         loss, gradients, *stats = foreign.loss_and_grad(moved)
-        gradients = Gradients(*(back(getattr(gradients, field)) for field in WRT))
+        gradients = Gradients(*(out[field] if field in out else back(getattr(gradients, field)) for field in WRT))
         stats = [replace(one, query_lse=back(one.query_lse), key_lse=back(one.key_lse)) for one in stats]
         return (back(loss), gradients, *stats)
 

@@ -113,6 +113,7 @@ class Job:
     masked: bool
     ring_size: int
     device: str
+    streams: bool = False
 
     @property
     def accumulator(self) -> int:
@@ -220,6 +221,7 @@ def plan_request(
         masked=masks or margin or objective.same_id != "negative" or getattr(objective, "exclude_self", False),
         ring_size=ring_size,
         device=request.device,
+        streams=request.streams,
     )
     given = request.plan
     if given is None:
@@ -272,6 +274,8 @@ def _sweeps(job: Job) -> list[Sweep]:
     if not job.grad:
         return ["forward"]
     both = job.queries and job.keys
+    if job.streams and (job.queries or job.keys):
+        return ["split"]  # each side's gradient leaves strip by strip, and nothing of a side's size is held
     if not job.softmax:
         return ["single", "split"] if both else ["single"]
     alone = job.ring_size == 1 and not job.deferred
@@ -342,13 +346,16 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
     if gradients and job.half and not job.hold:
         # The strip that is rounded as it closes.
         operands += max(rows, columns) * d * a
+    if job.streams and device_kind(job.device) != "cpu":
+        # Strips on their way to the device, two for each side in turn.
+        operands += 2 * (rows + columns) * d * b
     # Kept tiles: logits, and for each direction which pairs are allowed.
     each = a + (2 if job.masked else 0)
     kept = {"keep": n * m * each, "strip": (n * columns if job.by_columns else rows * m) * each}.get(sweep, 0)
     # Vectors: statistics, weights, poison, and the temporaries of the loss.
     linear = (MASKED_VECTORS if job.masked else VECTORS) * a * (n + m)
     # Accumulators that are not themselves the returned gradients.
-    if job.grad and job.half:
+    if job.grad and job.half and not job.streams:
         both = n * job.queries + m * job.keys
         if job.hold or size > 1 or (job.multi and sweep in ("strip", "single")):
             linear += a * d * both

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from nibs.arrays import BYTES, FLOATS, class_names, describe, device_name, dtype_name, is_array
+from nibs.arrays import BYTES, FLOATS, class_names, describe, device_kind, device_name, dtype_name, is_array
 from nibs.errors import BackendUnavailable, InvalidInput
 from nibs.ring import Ring
 from nibs.spec import InfoNCE, Objective, Sigmoid
@@ -59,6 +59,8 @@ class Request:
     targets is None for the diagonal and for none designated: `designated` tells which.
     wrt: names in the order of `WRT`; None in `contrastive_loss`, where the framework knows.
     memory: bytes, or None. owner: name of the backend that owns the arrays.
+    streams: queries and keys are fetched tile by tile from where they are kept, while `device` is where it is
+    computed; then gradients go to `out`, by name, strip by strip, or to new arrays beside the inputs.
     hold: gradients stay in the accumulation dtype, for an owner whose autograd has an upstream factor to
     apply before they are rounded, once.
     """
@@ -89,6 +91,8 @@ class Request:
     m: int
     d: int
     hold: bool = False
+    streams: bool = False
+    out: dict[str, Any] | None = None
 
     @property
     def designated(self) -> bool:
@@ -128,6 +132,8 @@ def make_request(
     memory: int | str | None = None,
     plan: Plan | None = None,
     stats: bool = False,
+    device: Any = None,
+    out: Any = None,
 ) -> Request:
     """Check every argument and freeze the call; names, shapes and the rest are in `Request`.
 
@@ -152,6 +158,8 @@ def make_request(
                 "mixed dtypes promote under autocast only."
             )
         dtype = _promoted(dtype, other)
+    streams = device is not None or out is not None
+    place = None if device is None else _place(device)
     device = device_name(queries)
     check_objective(objective)
     for name, value, choices in (
@@ -164,7 +172,7 @@ def make_request(
     if not isinstance(stats, bool):
         raise InvalidInput(f"stats={stats!r}: expected True or False.")
 
-    arrays = [("keys", keys)]
+    arrays = [("keys", keys)] if place is None else [("queries", queries), ("keys", keys)]
     for name, value in (("scale", scale), ("bias", bias)):
         if _scalar(name, value):
             arrays.append((name, value))
@@ -191,6 +199,10 @@ def make_request(
         scalar = name in ("scale", "bias")
         if device == "traced" and not scalar:
             device = where
+        if place is not None:
+            if where != "cpu" and where != place and device_kind(where) != place:
+                raise InvalidInput(f"{name} is on {where} with device='{place}': expected it on the cpu, or there.")
+            continue
         unknown = {"traced", "sharded"} & {where, device}  # their framework knows better
         if where != device and not unknown and not (scalar and where == "cpu"):
             raise InvalidInput(f"{name} is on {where} and queries on {device}: move them to one device.")
@@ -202,6 +214,9 @@ def make_request(
     _pairs(objective, targets, query_ids, key_ids, n, m, reduction)
     if plan is not None and memory is not None:
         raise InvalidInput("memory= and plan= are both given: a plan fixes its own memory; pass one of them.")
+    names = check_names(wrt)
+    if out is not None:
+        out = _out(out, {"queries": queries, "keys": keys}, names, registry, owner)
     return Request(
         queries=queries,
         keys=keys,
@@ -215,7 +230,7 @@ def make_request(
         key_mask=key_mask,
         weights=weights,
         reduction=reduction,
-        wrt=check_names(wrt),
+        wrt=names,
         ring=ring,
         grad_reduction=grad_reduction,
         precision=precision,
@@ -224,10 +239,12 @@ def make_request(
         stats=stats,
         owner=owner,
         dtype=dtype,
-        device=device,
+        device=place or device,
         n=n,
         m=m,
         d=d,
+        streams=streams,
+        out=out,
     )
 
 
@@ -389,6 +406,36 @@ def _vector(name: str, value: Any, length: int, kind: str) -> None:
 
 def _wide(backend: Backend, value: Any, kept: tuple[str, ...]) -> Any:
     return value if value is None or dtype_name(value) in kept else backend.asarray(value, dtype="int64")
+
+
+def _place(device: Any) -> str:
+    """The name of a device: `"cuda"`, `"cuda:0"`, or a framework's own object that prints as one."""
+    name = str(device)
+    if not re.fullmatch(r"[a-z]+(:[0-9]+)?", name):
+        raise InvalidInput(f"device is {describe(device)}: expected where to compute, such as 'cpu' or 'cuda:0'.")
+    return name
+
+
+def _out(
+    out: Any, inputs: dict[str, Any], wrt: tuple[str, ...] | None, registry: Registry, owner: str
+) -> dict[str, Any]:
+    """Arrays that are to receive gradients, checked against the inputs that they belong to."""
+    if not isinstance(out, Mapping) or not out.keys() <= inputs.keys():
+        raise InvalidInput(f"out is {describe(out)}: expected a dict with arrays for 'queries', 'keys', or both.")
+    for name, array in out.items():
+        if wrt is not None and name not in wrt:
+            raise InvalidInput(f"out has '{name}' and wrt={wrt!r} does not: no such gradient is computed.")
+        like = inputs[name]
+        writeable = getattr(getattr(array, "flags", None), "writeable", True)
+        alike = is_array(array) and registry.owner(array) == owner and writeable
+        if not alike or tuple(array.shape) != tuple(like.shape) or dtype_name(array) != dtype_name(like):
+            locked = "" if writeable else ", read-only"
+            raise InvalidInput(
+                f"out['{name}'] is {describe(array)}{locked}: expected a writeable array of the same framework, "
+                f"shape {tuple(like.shape)} and dtype {dtype_name(like)} as {name}."
+            )
+        _plain(f"out['{name}']", array)
+    return dict(out)
 
 
 def check_objective(objective: Any) -> None:

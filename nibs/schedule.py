@@ -43,17 +43,23 @@ class Sink:
 
     Whole: one accumulator for the side, scaled and rounded when the pass is over. In strips: one
     strip's accumulator, rounded into the output as the strip closes; then the factor must be known.
+    out: an array to be the output, wherever it lies; only in strips.
     """
 
-    def __init__(self, call: Call, rows: Any, mask: Any, *, strips: bool, product: bool, travels: bool = False) -> None:
+    def __init__(
+        self, call: Call, rows: Any, mask: Any, *, strips: bool, product: bool, travels: bool = False, out: Any = None
+    ) -> None:
         self.call, self.rows, self.mask, self.product = call, rows, mask, product
         self.strips = strips
         size, width = rows.shape
         tiles = call.tiles
         if travels:
             self.out: Any = None  # it comes home, see `Call._visit_all`
+        elif out is not None:
+            self.out = out
         else:
-            self.out = tiles.empty((size, width), call.request.dtype) if strips else tiles.zeros(size, width)
+            early = strips and call.rounds
+            self.out = tiles.empty((size, width), call.request.dtype) if early else tiles.zeros(size, width)
         self.strip: Any = None
 
     def at(self, where: slice) -> Any:
@@ -530,18 +536,28 @@ class Call:
     def _sinks(self) -> tuple[Sink | None, Sink | None]:
         """A sink for each side that wants a gradient; only the outer side of one device can round early."""
         request = self.request
-        early = self.rounds and self.factor is not None and self.ring.size == 1
+        out = request.out or {}
+        early = (self.rounds or request.streams) and self.factor is not None and self.ring.size == 1
         split = self.plan.sweep == "split"
         scale = request.wants("scale") and not self.problem.total_product
         queries = keys = None
         if self.embeddings[0]:
             outer = split or not self.by_columns
-            queries = Sink(self, request.queries, request.query_mask, strips=early and outer, product=scale)
+            mine = out.get("queries")
+            queries = Sink(self, request.queries, request.query_mask, strips=early and outer, product=scale, out=mine)
         if self.embeddings[1]:
             outer = split or self.by_columns
             product = scale and queries is None
             travels = self.ring.size > 1
-            keys = Sink(self, request.keys, request.key_mask, strips=early and outer, product=product, travels=travels)
+            keys = Sink(
+                self,
+                request.keys,
+                request.key_mask,
+                strips=early and outer,
+                product=product,
+                travels=travels,
+                out=out.get("keys"),
+            )
         return queries, keys
 
     def _gradient_pass(self, kept: dict[tuple[int, int], Any] | None) -> Gradients:
@@ -629,7 +645,8 @@ class Call:
         into, onto = sinks
         target = onto if share is None else _Share(share)
         if self.plan.sweep == "split":
-            return [(into, None, False), (None, target, True)]
+            walks = [(into, None, False)] if into is not None else []
+            return walks + ([(None, target, True)] if onto is not None else [])
         return [(into, None if onto is None else target, self.by_columns)]
 
     def _gradient_tile(

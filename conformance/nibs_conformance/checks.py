@@ -63,7 +63,8 @@ class Subject:
 
     def why_not(self, problem: Problem, dtype: str, **options: Any) -> str | None:
         """The sentence with which the backend's declaration turns this call down, or None."""
-        return self.info.capabilities.why_not(request_of(problem, dtype, self.device, **options))
+        streams = options.pop("device", None) is not None
+        return self.info.capabilities.why_not(request_of(problem, dtype, self.device, streams=streams, **options))
 
     # -- calls --------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ def small(dtype: str, **options: Any) -> Problem:
     return replace(Problem(queries, keys, scale=2.5, objective=nibs.InfoNCE("query_to_key")), **options)
 
 
-def probes(feature: str, dtype: str) -> tuple[Problem, dict[str, Any]]:
+def probes(feature: str, dtype: str, device: str) -> tuple[Problem, dict[str, Any]]:
     """A small call that needs this feature and, as far as may be, no other."""
     ids = np.arange(9) // 2
     way: Direction = "query_to_key"
@@ -62,6 +62,7 @@ def probes(feature: str, dtype: str) -> tuple[Problem, dict[str, Any]]:
         "precision": lambda: (small(dtype), {"precision": "highest"}),
         "reduction_none": lambda: (small(dtype, reduction="none"), {}),
         "stats": lambda: (small(dtype), {"stats": True}),
+        "streaming": lambda: (small(dtype), {"device": device}),
         "targets": lambda: (small(dtype, targets=np.arange(9)[::-1].copy()), {}),
         "weights": lambda: (small(dtype, weights=weights), {}),
     }
@@ -109,7 +110,7 @@ def test_a_dtype_works_exactly_if_it_is_claimed(subject: Subject, dtype: str, ju
 @pytest.mark.parametrize("feature", sorted(FEATURES.keys() - SILENT))
 def test_a_feature_works_exactly_if_it_is_claimed(subject: Subject, feature: str, judge: Judge) -> None:
     dtype = some_dtype(subject)
-    problem, options = probes(feature, dtype)
+    problem, options = probes(feature, dtype, subject.device)
     if subject.has(feature):
         sentence = subject.why_not(problem, dtype, **options)
         assert sentence is None, f"claims '{feature}' and turns down the plainest use of it: {sentence}"

@@ -106,6 +106,29 @@ def test_stats_do_not_depend_on_the_tiling(
             judge.close(name, subject.numpy(getattr(got, name)), getattr(want, name), getattr(allowed, name))
 
 
+@only(lambda case: case.name in TILED)
+def test_rows_fetched_from_host_memory_give_the_same_answer(
+    subject: Subject, case: Case, dtype: str, judge: Judge, served: Any, claimed: Any
+) -> None:
+    claimed("streaming")
+    problem = case.problem(dtype)
+    served(problem, dtype)
+    arguments = subject.arguments_of(case, dtype)
+    for name in ("queries", "keys"):
+        arguments[name] = subject.backend.asarray(subject.backend.detach(arguments[name]), device="cpu")
+    options: dict[str, Any] = {"device": subject.device, **subject.finest(dtype)}
+    out = {}
+    if problem.reduction != "none":
+        garbage = store(np.full(problem.keys.shape, 7.0), dtype)
+        out["keys"] = subject.backend.asarray(garbage, dtype=dtype, device="cpu")
+        options["out"] = out
+    plan = planned(problem, dtype, subject, query_tile=13, key_tile=11)
+    got = subject.call(problem, arguments, plan=plan, **options)
+    judge.outcome(got, truth(case, dtype), subject.budget(case, dtype), problem)
+    if out:
+        assert got.raw[1].keys is out["keys"], "the gradient is the array that was given for it"
+
+
 @pytest.mark.parametrize("side", ("queries", "keys"))
 @pytest.mark.parametrize("direction", ("symmetric", "query_to_key", "key_to_query"))
 def test_the_last_ragged_tile_is_not_dropped(

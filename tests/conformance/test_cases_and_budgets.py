@@ -54,7 +54,7 @@ def test_a_cruel_case_says_which_fault_it_was_made_against(name: str) -> None:
 
 
 def test_every_feature_of_a_call_is_needed_by_some_case() -> None:
-    elsewhere = {"autograd", "deterministic", "memory", "precision", "stats", "traced", "uneven_shards"}
+    elsewhere = {"autograd", "deterministic", "memory", "precision", "stats", "streaming", "traced", "uneven_shards"}
     assert set().union(*(case.features() for case in CASES.values())) == FEATURES.keys() - elsewhere
 
 

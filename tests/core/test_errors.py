@@ -12,8 +12,8 @@ from nibs import errors
 from nibs.capabilities import FEATURES
 
 OPTIONS = (
-    "Options: backend, bias, grad_reduction, key_ids, key_mask, memory, objective, plan, precision, query_ids, "
-    "query_mask, reduction, ring, scale, stats, targets, weights, wrt."
+    "Options: backend, bias, device, grad_reduction, key_ids, key_mask, memory, objective, out, plan, precision, "
+    "query_ids, query_mask, reduction, ring, scale, stats, targets, weights, wrt."
 )
 I64 = "int64 array of shape"
 NUMPY = "on cpu (numpy.ndarray)"
@@ -112,6 +112,7 @@ USES = {
     "multi_positive": {"objective": nibs.InfoNCE(same_id="positive"), **IDS},
     "precision": {"precision": "highest"},
     "stats": {"stats": True},
+    "streaming": {"device": "cpu"},
     "targets": {"targets": np.arange(6)},
     "weights": {"weights": np.ones(6)},
 }

@@ -27,6 +27,7 @@ CAPABILITIES = Capabilities(
             "precision",
             "reduction_none",
             "stats",
+            "streaming",
             "targets",
             "uneven_shards",
             "weights",

@@ -178,6 +178,7 @@ def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
     """`gradient * upstream` in the dtype and on the device of `like`, rounded once."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return (gradient * upstream).to(like.device, like.dtype)
+    upstream = upstream.to(gradient.device)  # gradients of rows that were fetched are where the rows are
     if gradient.dtype == like.dtype and gradient.device == like.device:
         return gradient.mul_(upstream) if _last_backward() else gradient * upstream
     if gradient.numel() <= STRIP:

@@ -26,6 +26,7 @@ from nibs.spec import Backend, Gradients, Stats
 from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
 from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
+from nibs_torch.streaming import Unlocked, mapped, streamed
 from nibs_torch.tiles import DTYPES, TorchTiles
 from nibs_torch.whole import whole
 
@@ -41,6 +42,8 @@ class TorchBackend(Backend):
     def loss(self, request: Request) -> Any:
         wrt = self._differentiated(request)
         if tracing.is_symbolic(request.queries):
+            if request.streams:
+                raise Unsupported("device= inside torch.compile: what is fetched cannot be traced. Call outside it.")
             request = request.but({"wrt": wrt})
             return differentiable_loss(request, COMPILED, deferred=bool(wrt) and tracing.defers(request))
         if wrt or _transformed():
@@ -206,6 +209,8 @@ COMPILED = tracing.CompiledKernels()
 
 def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Call:
     with joining(request.ring or SOLO):  # where the call was compiled, nobody has told the peers of an error yet
+        if request.streams:
+            request = streamed(request, hold=hold)
         plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
         device = request.queries.device
         fused = plan.kernel == "triton"
@@ -215,7 +220,7 @@ def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = 
 
 def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     """The call as one tile, where it is one and asks for nothing else."""
-    if request.device != "cpu" or request.n > CPU_HINT.rows or request.m > CPU_HINT.columns:
+    if request.device != "cpu" or request.n > CPU_HINT.rows or request.m > CPU_HINT.columns or request.streams:
         return None
     if kernel_for(request.device, request.dtype, request.plan) != "torch":
         return None
@@ -225,7 +230,7 @@ def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
 def _plan(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Any:
     hint = CPU_HINT if request.device == "cpu" else DEVICE_HINT
     size = 1 if request.ring is None else request.ring.size
-    if kernel_for(request.device, request.dtype, request.plan) == "triton":
+    if not request.streams and kernel_for(request.device, request.dtype, request.plan) == "triton":
         return fused_plan(request, grad=grad, hold=hold, deferred=deferred, ring_size=size)
     return plan_request(request, hint, grad=grad, hold=hold, deferred=deferred, ring_size=size)
 
@@ -268,8 +273,10 @@ def _import(values: Any) -> Tensor:
     import numpy
 
     array = numpy.asarray(values)
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+    if any(stride < 0 for stride in array.strides) or not (array.flags.writeable or mapped(array)):
         array = array.copy()  # a tensor can be neither
+    elif not array.flags.writeable:
+        array = numpy.asarray(Unlocked(array))
     if str(array.dtype) == "bfloat16":  # an extension of NumPy's, which DLPack does not know
         return torch.from_numpy(array.view(numpy.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -28,6 +28,7 @@ CAPABILITIES = Capabilities(
             "precision",
             "reduction_none",
             "stats",
+            "streaming",
             "targets",
             "traced",
             "uneven_shards",
