@@ -121,8 +121,8 @@ def compiled(objective: str) -> Callable[[Batch], Step]:
     def make(batch: Batch) -> Step:
         import torch
 
-        torch._dynamo.reset()  # so that each size gets a program of its own, and not one for any size
-        return torch_step(batch, torch.compile(DENSE[objective], dynamic=False))
+        torch._dynamo.config.recompile_limit = 64  # sizes, dtypes and the forward alone: each needs a program
+        return torch_step(batch, torch.compile(DENSE[objective]))
 
     return make
 
@@ -271,7 +271,7 @@ def cut_cross_entropy(batch: Batch) -> Step:
     import torch
     from cut_cross_entropy import linear_cross_entropy
 
-    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
     how = "cce_exact" if batch.device.startswith("cuda") else "torch_compile"
 
     def loss(queries: Any, keys: Any, scale: Any, bias: Any) -> Any:

@@ -175,6 +175,7 @@ def machine(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "processor": model.partition(":")[2].strip() or platform.processor(),
         "threads": torch.get_num_threads(),
+        "clock": "one thread, CPU time," if one_thread() else f"{torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "python": platform.python_version(),
         "date": date.today().isoformat(),

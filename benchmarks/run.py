@@ -1,7 +1,7 @@
 """nibs beside its peers, in one command, on the machine it stands on: speed, memory and error, as tables and plots.
 
     python benchmarks/run.py                                        a few minutes; prints Markdown
-    python benchmarks/run.py --results benchmarks/results           also cpu.json and cpu.png there (or cuda.*)
+    python benchmarks/run.py --results benchmarks/results           also cpu.json and cpu.png (cuda.*) there
     python benchmarks/run.py --docs docs/performance.md             also puts the tables into that page
     python benchmarks/run.py --n 2048 8192 --only nibs dense --turns 9
     python benchmarks/run.py --one-thread --no-memory               CPU time: nearly blind to what else runs here
@@ -10,7 +10,7 @@ What is measured, for each contender of contenders.py, is a step (loss and gradi
 
     growth over n     both losses, float32 and bfloat16, one width
     growth over d     the symmetric loss, one batch
-    memory            of a step, beyond inputs and gradients, in a fresh process
+    memory            of a step, beyond inputs and gradients, in a fresh process (on a CPU: for float32)
     error             of loss and gradients from float64, on the first pairs of the batch as a batch of their own
 
 A contender that cannot run has a row with its reason. A peer whose step would take longer than `--seconds` is left
@@ -51,7 +51,10 @@ MEMORY_FROM = 1024  # rows: below, a process's pages say more than the loss
 
 @dataclass
 class Row:
-    """One contender on one batch. of_dense and rate: of a step. reason: why there are no figures."""
+    """One contender on one batch. of_dense and rate: of a step. reason: why there are no figures.
+
+    over_d: part of the growth over d.
+    """
 
     contender: str
     kind: str
@@ -68,6 +71,7 @@ class Row:
     loss_error: float | None = None
     gradient_error: float | None = None
     reason: str = ""
+    over_d: bool = False
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Run:
         for contender in self.chosen(objective):
             mine = {row.n: row for row in fresh if row.contender == contender.name and row.step is not None}
             large = [n for n in mine if n >= MEMORY_FROM]
-            if large and not self.options.no_memory:
+            if large and not self.options.no_memory and (dtype == "float32" or self.device != "cpu"):
                 for n, count in peaks(contender, dtype, d, self.device, large).items():
                     mine[n].peak = count
 
@@ -145,39 +149,69 @@ class Run:
         return max(rate for name, rate in self.rates.items() if name.startswith(dtype))
 
 
-def tables(run: Run, about: dict[str, Any], widths: list[int], width: int) -> str:
-    """What was found, as Markdown."""
-    rates = "; ".join(f"{name} {rate / 1e9:.0f}" for name, rate in run.rates.items())
-    threads = "one thread, CPU time," if one_thread() else f"{about['threads']} threads"
-    place = about["gpu"] or f"{threads} of {about['processor']}"
+def tables(rows: list[Row], rates: dict[str, float], about: dict[str, Any]) -> str:
+    """What was found, as Markdown: seconds of a step over n and over d, then each contender at its largest batch."""
+    products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
+    place = about["gpu"] or f"{about['clock']} of {about['processor']}"
     versions = ", ".join(f"{name} {about[name]}" for name in ("python", "torch", "numpy", "jax") if name in about)
-    lines = [f"{place}; {versions}; {about['date']}; `{about['command']}`.", f"Matrix products, GFLOP/s: {rates}.", ""]
-    for objective, dtype in dict.fromkeys((row.objective, row.dtype) for row in run.rows):
-        rows = [row for row in run.rows if (row.objective, row.dtype, row.d) == (objective, dtype, width)]
+    lines = [
+        f"{place}; {versions}; {about['date']}; `{about['command']}`.",
+        f"Matrix products, GFLOP/s: {products}.",
+        "",
+    ]
+    width = about["dim"]
+    for objective, dtype in dict.fromkeys((row.objective, row.dtype) for row in rows):
+        mine = [row for row in rows if (row.objective, row.dtype) == (objective, dtype)]
+        over_n = [row for row in mine if row.d == width and not row.over_d]
+        lines += [f"{objective}, {dtype}, d = {width}: seconds of a step (of dense)", "", *_growth(over_n, "n"), ""]
+        last = {row.contender: row for row in over_n if row.step is not None}
         lines += [
-            f"{objective}, {dtype}, d = {width}:",
+            "Each at its largest batch; errors at the largest that was compared with float64:",
             "",
-            "| n | loss | forward s | step s | forward of dense | step of dense | rate | peak MB | loss error | "
+            "| loss | n | forward s | step s | forward of dense | step of dense | rate | peak MB | loss error | "
             "gradient error |",
-            "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *map(_line, rows),
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *(_line(row, over_n) for row in last.values()),
+            *(f"| {row.contender} | {row.reason.replace('|', '/')} | | | | | | | | |" for row in over_n if row.reason),
             "",
         ]
-    found = [row for row in run.rows if row.d in widths and row.step is not None and row.n == AT[run.device[:4]]]
-    if found:
-        names = list(dict.fromkeys(row.contender for row in found))
-        lines += [
-            f"Growth over d, InfoNCE, float32, n = {found[0].n}: seconds of a step (of dense):",
-            "",
-            "| d | " + " | ".join(names) + " |",
-            "| ---: |" + " ---: |" * len(names),
-        ]
-        for d in sorted({row.d for row in found}):
-            at = {row.contender: row for row in found if row.d == d}
-            cells = [f"{at[name].step:.4f} ({at[name].of_dense or 0:.2f})" if name in at else "" for name in names]
-            lines.append(f"| {d} | " + " | ".join(cells) + " |")
-        lines.append("")
+        over_d = [row for row in mine if row.over_d]
+        if over_d:
+            lines += [f"{objective}, {dtype}, n = {over_d[0].n}: seconds of a step (of dense)", ""]
+            lines += [*_growth(over_d, "d"), ""]
     return "\n".join(lines)
+
+
+def _growth(rows: list[Row], across: str) -> list[str]:
+    """A line for each size, a column for each contender."""
+    found = [row for row in rows if row.step is not None]
+    names = list(dict.fromkeys(row.contender for row in found))
+    lines = [f"| {across} | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
+    for size in sorted({getattr(row, across) for row in found}):
+        at = {row.contender: row for row in found if getattr(row, across) == size}
+        cells = [f"{at[name].step:.3g} ({_ratio(at[name].of_dense)})" if name in at else "" for name in names]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _line(row: Row, rows: list[Row]) -> str:
+    compared = [one for one in rows if one.contender == row.contender and one.loss_error is not None]
+    exact = compared[-1] if compared else row
+    cells = [
+        f"{row.forward:.3g}",
+        f"{row.step:.3g}",
+        _ratio(row.forward_of_dense),
+        _ratio(row.of_dense),
+        _ratio(row.rate),
+        "" if row.peak is None else f"{row.peak / 1e6:.0f}",
+        "" if exact.loss_error is None else f"{exact.loss_error:.0e}",
+        "" if exact.gradient_error is None else f"{exact.gradient_error:.0e}",
+    ]
+    return f"| {row.contender} | {row.n} | " + " | ".join(cells) + " |"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _reason(error: Exception) -> str:
@@ -188,39 +222,22 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {words[0]}"[:100]
 
 
-def _line(row: Row) -> str:
-    if row.step is None:
-        return f"| {row.n} | {row.contender} | {row.reason.replace('|', '/')} | | | | | | | |"
-    cells = [
-        f"{row.forward:.5f}",
-        f"{row.step:.5f}",
-        "" if row.forward_of_dense is None else f"{row.forward_of_dense:.2f}",
-        "" if row.of_dense is None else f"{row.of_dense:.2f}",
-        f"{row.rate:.2f}",
-        "" if row.peak is None else f"{row.peak / 1e6:.0f}",
-        "" if row.loss_error is None else f"{row.loss_error:.0e}",
-        "" if row.gradient_error is None else f"{row.gradient_error:.0e}",
-    ]
-    return f"| {row.n} | {row.contender} | " + " | ".join(cells) + " |"
-
-
-def plot(run: Run, path: Path, widths: list[int], width: int) -> None:
-    """Time and memory over n, and time over d."""
+def plot(every: list[Row], path: Path) -> None:
+    """Time and memory over n, and time over d, of the symmetric loss in float32."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    dtype = "float32"
-    over_n = [row for row in run.rows if (row.objective, row.dtype, row.d) == ("InfoNCE", dtype, width)]
-    over_d = [row for row in run.rows if row.d in widths and row.n == AT[run.device[:4]]]
+    mine = [row for row in every if (row.objective, row.dtype) == ("InfoNCE", "float32")]
+    over_n, over_d = [row for row in mine if not row.over_d], [row for row in mine if row.over_d]
     panels = (
-        (over_n, "n", "step", f"seconds of a step, d = {width}"),
-        (over_n, "n", "peak", f"peak bytes beyond inputs and gradients, d = {width}"),
-        (over_d, "d", "step", f"seconds of a step, n = {AT[run.device[:4]]}"),
+        (over_n, "n", "step", "seconds of a step"),
+        (over_n, "n", "peak", "peak bytes beyond inputs and gradients"),
+        (over_d, "d", "step", "seconds of a step"),
     )
-    colours = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.contender for row in run.rows))}
+    colours = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.contender for row in mine))}
     for axis, (rows, across, up, title) in zip(axes, panels, strict=True):
         for name, colour in colours.items():
             points = sorted(
@@ -229,16 +246,17 @@ def plot(run: Run, path: Path, widths: list[int], width: int) -> None:
             if points:
                 ours = name.startswith("nibs")
                 axis.loglog(*zip(*points), "o-" if ours else "s--", label=name, color=colour, lw=2 if ours else 1)
-        axis.set(xlabel=across, title=title)
+        fixed = {f"{other} = {getattr(row, other)}" for row in rows for other in "nd" if other != across}
+        axis.set(xlabel=across, title=", ".join([title, *fixed]))
         axis.grid(True, which="major", alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def put_into(page: Path, device: str, text: str) -> None:
-    """The tables, in place of those between the page's two marks for this device."""
-    begin, end = f"<!-- {device} tables -->\n", f"<!-- end of {device} tables -->"
+def put_into(page: Path, name: str, text: str) -> None:
+    """The tables, in place of those between the page's two marks of this name."""
+    begin, end = f"<!-- {name} tables -->\n", f"<!-- end of {name} tables -->"
     before, found, rest = page.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
@@ -279,23 +297,25 @@ def main() -> None:
     if options.widths and "InfoNCE" in options.objectives and "float32" in options.dtypes:
         options.only = options.only or [DENSE, "nibs"]
         for d in options.widths:
-            run.measure("InfoNCE", "float32", AT[device[:4]], d)
+            for row in run.measure("InfoNCE", "float32", AT[device[:4]], d):
+                row.over_d = True
     again = product_rates(device)  # a neighbour may have slowed the first look
     before = {dtype: run.fastest(dtype) for dtype in {row.dtype for row in run.rows}}
     run.rates = {name: max(rate, again[name]) for name, rate in run.rates.items()}
     for row in run.rows:
         if row.rate is not None:
             row.rate *= before[row.dtype] / run.fastest(row.dtype)
-    about = machine(device)
-    text = tables(run, about, options.widths, options.dim)
+    about = {**machine(device), "dim": options.dim}
+    text = tables(run.rows, run.rates, about)
     print("\n" + text)
+    name = f"{device}-one-thread" if one_thread() else device
     if options.results:
         options.results.mkdir(parents=True, exist_ok=True)
         figures = {"machine": about, "products per second": run.rates, "rows": [vars(row) for row in run.rows]}
-        (options.results / f"{device}.json").write_text(json.dumps(figures, indent=1) + "\n")
-        plot(run, options.results / f"{device}.png", options.widths, options.dim)
+        (options.results / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        plot(run.rows, options.results / f"{name}.png")
     if options.docs:
-        put_into(options.docs, device, text)
+        put_into(options.docs, name, text)
 
 
 if __name__ == "__main__":
