@@ -7,6 +7,7 @@ of the same options, is not run again: a stopped series goes on. A batch above `
 decoupled step, the others are held whole. Equal epochs cost the same forward and backward passes; equal steps cost the
 larger batch as many times more as it is larger. Learning rates follow the root of the batch; nothing is tuned for one
 batch alone. The table gives mean and standard deviation over the seeds; `--record` writes every figure as JSON.
+`--gather` runs nothing and puts into one table what several such series have left in `--output`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def gathered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         listed.append(
             {
                 **{name: value for name, value in runs[0].items() if name not in SAME},
+                "command": runs[0].get("machine", {}).get("command", "").partition(" --output")[0],
                 "seeds": [run["seed"] for run in runs],
                 "mean": {name: statistics.fmean(values) for name, values in figures.items()},
                 "spread": {
@@ -104,13 +106,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--micro-batch", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path("out/seeds"))
+    parser.add_argument("--gather", action="store_true", help="run nothing: a table of the runs in --output")
     parser.add_argument("--record", type=Path, help="a file for the figures (.json)")
     options = parser.parse_args()
-    results = [
-        run_once(options, batch, length, seed)
-        for seed in options.seeds
-        for batch, length in budgets(options.batches, options.epochs, options.steps)
-    ]
+    if options.gather:
+        found = sorted(options.output.glob(f"{options.data}-*/result.json"))
+        if not found:
+            raise SystemExit(
+                f"--gather: {options.output} has no runs on {options.data}. Leave --gather out to make some."
+            )
+        results = [json.loads(one.read_text(encoding="utf-8")) for one in found]
+    else:
+        results = [
+            run_once(options, batch, length, seed)
+            for seed in options.seeds
+            for batch, length in budgets(options.batches, options.epochs, options.steps)
+        ]
     rows = gathered(results)
     print(table(rows))
     if options.record:

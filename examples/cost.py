@@ -1,0 +1,201 @@
+"""What decoupling costs: time and memory of a step, beside plain training and accumulation, with the model of it.
+
+    python examples/cost.py --batches 512 1024 2048 --micro-batches 64 256 --record benchmarks/results/cost.json
+
+Three ways of taking one step over the same pairs, on the emoji model (untrained, on noise: only shapes matter):
+
+    plain          the whole batch encoded with a graph, the loss by nibs, one backward
+    accumulation   micro-batches one by one, each with a loss of its own: another loss, for each sees its own negatives
+    decoupled      nibs_torch.DecoupledStep: the plain step's gradients, in the memory of a micro-batch
+
+The model. With F, B the seconds of one forward and one backward of the encoders for a pair, L(n) the loss with its
+gradients, and g the bytes that one pair's graph holds:
+
+    plain          n (F + B) + L(n)          n g
+    accumulation   n (F + B) + k L(n / k)    m g            m = micro-batch, k = n / m
+    decoupled      n (2 F + B) + L(n)        m g + 4 n d b  embeddings and their gradients of both sides
+
+F, B and L are timed apart, in micro-batches, and g is the growth of plain's peak from half of the batch to the whole of
+it; then both columns, predicted and measured, stand side by side. Every measured step is in a process of its own; its
+peak is what the operating system saw beyond what was held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import peak_memory, start_watching_memory
+from emoji_task import DIM, PICTURE_SIZE, TEXT_WIDTH
+from torch import Tensor
+from two_tower import Encoder, TwoTower
+
+import nibs
+import nibs_torch
+
+WAYS = ("plain", "accumulation", "decoupled")
+
+
+class Step:
+    """A model, a batch of noise, and the three ways."""
+
+    def __init__(self, batch: int, micro_batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = TwoTower(TEXT_WIDTH, DIM, norm="group")
+        self.queries = Encoder(self.model.encode_pictures, self.model.picture)
+        self.keys = Encoder(self.model.encode_texts, self.model.text, log_scale=self.model.log_scale)
+        self.pictures = torch.randn(batch, 3, PICTURE_SIZE, PICTURE_SIZE)
+        self.pictures = self.pictures.contiguous(memory_format=torch.channels_last)
+        self.texts = torch.randn(batch, TEXT_WIDTH) / TEXT_WIDTH**0.5
+        self.micro_batch = micro_batch
+        self.step = nibs_torch.DecoupledStep(self.queries, self.keys, loss=self.loss, micro_batch=micro_batch)
+
+    def loss(self, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+        """Return CLIP's loss."""
+        return nibs.contrastive_loss(queries, keys, scale=scale)
+
+    def plain(self) -> None:
+        """Hold everything."""
+        self.loss(self.queries(self.pictures), *self.keys(self.texts)).backward()
+
+    def accumulation(self) -> None:
+        """Hold a micro-batch, and see no more than one."""
+        parts = zip(self.pictures.split(self.micro_batch), self.texts.split(self.micro_batch))
+        for pictures, texts in parts:
+            loss = self.loss(self.queries(pictures), *self.keys(texts))
+            (loss * (len(pictures) / len(self.pictures))).backward()
+
+    def decoupled(self) -> None:
+        """Hold a micro-batch, and see everything."""
+        self.step(self.pictures, self.texts)
+
+    def forward(self) -> None:
+        """Encode in micro-batches without a graph: pass 1 of the decoupled step."""
+        with torch.no_grad():
+            for pictures, texts in zip(self.pictures.split(self.micro_batch), self.texts.split(self.micro_batch)):
+                self.queries(pictures)
+                self.keys(texts)
+
+    def forward_and_backward(self) -> None:
+        """Encode in micro-batches and go back, without a loss."""
+        for pictures, texts in zip(self.pictures.split(self.micro_batch), self.texts.split(self.micro_batch)):
+            rows, scale = self.keys(texts)
+            (self.queries(pictures).sum() + rows.sum() + scale).backward()
+
+    def loss_alone(self) -> None:
+        """The loss of the whole batch with its gradients, on rows that are there."""
+        rows = torch.nn.functional.normalize(torch.randn(2, len(self.texts), DIM), dim=-1)
+        queries, keys = (one.clone().requires_grad_() for one in rows)
+        self.loss(queries, keys, torch.tensor(14.0, requires_grad=True)).backward()
+
+
+def best(call: Callable[[], None], repeats: int) -> float:
+    """Seconds of the best of several calls: a shared machine only ever adds."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def measure(way: str, batch: int, micro_batch: int, repeats: int) -> dict[str, float | None]:
+    """Take one way's peak and best time in this process."""
+    small = Step(8, 4)
+    getattr(small, way)()  # libraries and threads are there before anything counts
+    step = Step(batch, micro_batch)
+    for parameter in step.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = start_watching_memory()
+    getattr(step, way)()
+    peak = peak_memory()
+    beyond = None if peak is None or before is None else max(0, peak - before)
+    return {"seconds": best(getattr(step, way), repeats), "peak": beyond}
+
+
+def elsewhere(way: str, batch: int, micro_batch: int, repeats: int) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    numbers = ["--batches", str(batch), "--micro-batches", str(micro_batch), "--repeats", str(repeats)]
+    command = [sys.executable, __file__, "--way", way, *numbers]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def predicted(way: str, n: int, m: int, parts: dict[str, float], graph: float) -> dict[str, float]:
+    """Return seconds and peak bytes by the model at the top.
+
+    parts: seconds of `forward` (F n), `both` (F n + B n), `loss` (L(n)), `small loss` (k L(n/k)). graph: g.
+    """
+    loss = parts["small loss"] if way == "accumulation" else parts["loss"]
+    encoding = parts["both"] + (parts["forward"] if way == "decoupled" else 0.0)
+    held = graph * (n if way == "plain" else min(n, m)) + (4 * n * DIM * 4 if way == "decoupled" else 0)
+    return {"seconds": encoding + loss, "peak": held}
+
+
+def report(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every way at every batch and micro-batch, with its prediction."""
+    rows = []
+    largest = max(options.batches)
+    plain = {n: elsewhere("plain", n, n, options.repeats) for n in {*options.batches, largest // 2}}
+    ends = plain[largest]["peak"], plain[largest // 2]["peak"]
+    graph = 0.0 if None in ends else (ends[0] - ends[1]) / (largest - largest // 2)
+    for n in options.batches:
+        for m in options.micro_batches:
+            step, one = Step(n, m), Step(m, m)
+            for warm in (step.forward_and_backward, one.loss_alone):
+                warm()
+            parts = {
+                "forward": best(step.forward, options.repeats),
+                "both": best(step.forward_and_backward, options.repeats),
+                "loss": best(step.loss_alone, options.repeats),
+                "small loss": best(one.loss_alone, options.repeats) * n / m,
+            }
+            for way in WAYS:
+                found = plain[n] if way == "plain" else elsewhere(way, n, m, options.repeats)
+                of_plain = found["seconds"] / plain[n]["seconds"]
+                row = {"way": way, "batch": n, "micro_batch": m, **found, "of plain": of_plain}
+                rows.append({**row, "predicted": predicted(way, n, m, parts, graph), "parts": parts})
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """Lay one row out for a Markdown table."""
+    peak = "-" if row["peak"] is None else f"{row['peak'] / 1e6:.0f}"
+    model = row["predicted"]
+    return (
+        f"| {row['batch']:,} | {row['micro_batch']} | {row['way']} | {row['seconds']:.2f} | {model['seconds']:.2f} | "
+        f"{row['of plain']:.2f} | {peak} | {model['peak'] / 1e6:.0f} |"
+    )
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description="Time and memory of plain, accumulated and decoupled steps.")
+    parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="a file for the figures (.json)")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options.way, options.batches[0], options.micro_batches[0], options.repeats)))
+        return
+    print("| batch | micro-batch | way | seconds | predicted | of plain | peak MB | predicted |")
+    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    rows = report(options)
+    if options.record:
+        from train import machine
+
+        options.record.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        print(f"\nwritten: {options.record}")
+
+
+if __name__ == "__main__":
+    main()
