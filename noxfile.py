@@ -15,6 +15,8 @@ to be built and tested.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import nox
@@ -25,7 +27,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 # A second run starts at once. Installing again is nearly free and keeps it in step with the pins.
 nox.options.reuse_venv = "yes"
 # The quick ones first. The demo is not a check, and is asked for by name.
-nox.options.sessions = ["lint", "types", "build", "conformance", "tests", "integrations"]
+nox.options.sessions = ["lint", "types", "build", "conformance", "jax", "tests", "integrations"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
@@ -59,9 +61,10 @@ def group(name: str) -> list[str]:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Train an image-text model on emoji through nibs, beside the dense loss."""
-    install(
-        session, "-r", "examples/requirements.txt", editable=[".[cli]", "backends/nibs-numpy", "backends/nibs-torch"]
-    )
+    # What it needs, and the backend that `--backend` names.
+    named = [name for name in BACKENDS if name in session.posargs or f"--backend={name}" in session.posargs]
+    folders = [f"backends/nibs-{name}" for name in dict.fromkeys(["numpy", "torch", *named])]
+    install(session, "-r", "examples/requirements.txt", editable=[".[cli]", *folders])
     # Its fonts are wanted, not the Qt that it draws with.
     install(session, "--no-deps", "qtawesome")
     session.run("python", "examples/demo.py", *session.posargs)
@@ -100,8 +103,47 @@ def conformance(session: nox.Session, backend: str) -> None:
     settings = nox.project.load_toml(ROOT / f"backends/nibs-{backend}" / "pyproject.toml").get("tool", {})
     settings = settings.get("nibs", {})
     suite = ["python", "-m", "pytest", "--pyargs", "nibs_conformance", "--nibs-backend", backend]
-    suite += ["--nibs-report", f"reports/{backend}", *(session.posargs or settings.get("conformance-sample", []))]
-    session.run(*suite, env=settings.get("environment", {}))
+    runs = [session.posargs] if session.posargs else settings.get("conformance-sample", [[]])
+    for number, arguments in enumerate(runs):
+        report = f"reports/{backend}" + (f"-{number + 1}" if number else "")
+        session.run(*suite, "--nibs-report", report, *arguments, env=settings.get("environment", {}))
+
+
+def interpreter(version: str) -> str | None:
+    """Find a Python of this version that starts: on PATH, else one of pyenv's."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    on_path = shutil.which(f"python{version}")
+    for found in (on_path, *sorted(map(str, root.glob(f"versions/{version}.*/bin/python{version}")))):
+        # A shim of pyenv's is on PATH for every version, and starts none but the active ones.
+        if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
+            return found
+    return None
+
+
+# Beside the one that constraints.txt pins for Python 3.11, on which the other sessions run.
+NEWER_JAX = "3.12"
+
+
+@nox.session(python=interpreter(NEWER_JAX) or False)
+@nox.parametrize("version", [nox.param(version, id=version) for version in ("0.11.2", "0.12.0.1")])
+def jax(session: nox.Session, version: str) -> None:
+    """Try the JAX backend on a newer JAX, where a Python that it needs is found."""
+    if session.python is False:
+        session.skip(f"jax {version} needs Python {NEWER_JAX}, and there is none on PATH nor under pyenv")
+    pins = Path(session.create_tmp()) / f"constraints-{version}.txt"
+    others = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("jax")]
+    pins.write_text("\n".join([*others, f"jax=={version}", f"jaxlib=={version}", ""]))
+    folders = [".", "backends/nibs-numpy", "backends/nibs-jax", "conformance"]
+    editable = [part for folder in folders for part in ("-e", folder)]
+    session.install("-c", str(pins), *editable, "pytest", "pytest-timeout")
+    files = [f"backends/nibs-jax/tests/test_{name}.py" for name in ("foreign", "lowering", "transforms", "decoupled")]
+    session.run("python", "-m", "pytest", "--timeout=300", *files)
+    few = [
+        "--nibs-dtypes=float32",
+        "--nibs-cases=symmetric,sigmoid,everything-symmetric",
+        "-k=test_loss or gradient_of",
+    ]
+    session.run("python", "-m", "pytest", "--pyargs", "nibs_conformance", "--nibs-backend=jax", *few)
 
 
 @nox.session

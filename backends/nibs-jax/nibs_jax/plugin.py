@@ -83,11 +83,11 @@ def nibs_conformance_trace(backend: str) -> Any:
 
 @hookimpl
 def nibs_conformance_prepare(backend: str) -> None:
-    """The suite holds float64 and int64 to account: turn them on."""
+    """64 bits, and programs that are quickly compiled: see `nibs_jax.suite`."""
     if backend == "jax":
-        import jax
+        from nibs_jax.suite import prepare
 
-        jax.config.update("jax_enable_x64", True)
+        prepare()
 
 
 @hookimpl
