@@ -342,7 +342,7 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
     operands = rows * d * a * copied + (rows + columns) * d * a * copies + max(rows, columns) * d * b * job.masked
     if gradients:
         # A tile's share of a gradient before it is added, or a strip times its operand for the scale's gradient.
-        operands += max(rows, columns) * d * a * (1 + copies)
+        operands += max(rows, columns) * d * a * (copied + copies)
     if gradients and job.half and not job.hold:
         # The strip that is rounded as it closes.
         operands += max(rows, columns) * d * a

@@ -24,6 +24,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -66,9 +67,10 @@ def kernel_for(device: str, dtype: str, plan: Any = None) -> str:
         return "triton"
     if name is None:
         return "torch"
+    where = "plan.kernel" if plan is not None and plan.kernel in KERNELS else "NIBS_TORCH_KERNEL"
     raise Unsupported(
-        f"the fused Triton kernels were asked for ({'plan.kernel' if plan is not None else 'NIBS_TORCH_KERNEL'}="
-        f"'triton'), and cannot serve this call: {sentence}. Leave it out to let the plain path serve."
+        f"the fused Triton kernels were asked for ({where}='triton'), and cannot serve this call: {sentence}. "
+        "Leave it out to let the plain path serve."
     )
 
 
@@ -78,6 +80,8 @@ def why_not(device: str, dtype: str) -> str | None:
         return "they take float32, bfloat16 and float16, and this call is in float64"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed here (it comes with PyTorch's CUDA builds; else: pip install triton)"
+    if not _is_new():
+        return f"Triton {metadata.version('triton')} is here, and they need 3.6 or later"
     kind = device.partition(":")[0]
     if kind == "cpu":
         if interpreted():
@@ -86,6 +90,12 @@ def why_not(device: str, dtype: str) -> str | None:
     if kind != "cuda":
         return f"they run on CUDA and ROCm devices, and this call is on {device!r}"
     return _too_old(device)
+
+
+@lru_cache(maxsize=1)
+def _is_new() -> bool:
+    """Whether Triton is one that the kernels were compiled with."""
+    return tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 6)
 
 
 @lru_cache(maxsize=64)
@@ -103,28 +113,36 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def hints(device: str, dtype: str, d: int = 768) -> list[TileHint]:
-    """Macro tiles for the planner, the best first: whole waves of the card, from the default budget down."""
+def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: bool = False) -> list[TileHint]:
+    """Macro tiles for the planner, the best first: whole waves of the card, from the default budget down.
+
+    busy: statistics or smoothing are asked for. copies: rows must be copied before the kernels can read them.
+    """
     from nibs_torch.kernels import tuning
 
-    place = torch.device(device)
-    card = tuning.card_of(place)
+    card = tuning.card_of(torch.device(device))
     item = DTYPES[dtype].itemsize
-    # G; partial sums of up to seven fields a side and their shifts; a little for rows that are padded to 16 bytes.
-    least = min(min(one.rows, one.columns) for one in tuning.choices(card.arch, "lse", item))
-    buffers = item / 4 + 8 / least
-    masked = item / 4 + 20 / least
+    kernels = ("lse", "weights", "sigmoid")
+    least, least_busy = (
+        min(min(one.rows, one.columns) for one in (tuning.config(card, name, item, busy=some) for name in kernels))
+        for some in (False, True)
+    )
+    # G, its rows on 16-byte steps; then sums for each tile that a row or a column passes through: three fields of
+    # rows for Sigmoid, four of both in tiles twice as wide for InfoNCE; with all statistics eight and seven.
+    plain, full = item / 4 + 3 / least + 2**-10, item / 4 + 16 / least_busy + 2**-10
     sides = [(4096, 4096)] if card.arch == "interpreter" else tuning.macro_tiles(d, item, card.sms, AREA // item)
     return [
-        TileHint(rows=rows, columns=columns, buffers=buffers, masked=masked, kernel="triton", copies=False)
+        TileHint(rows, columns, full if busy else plain, full, kernel="triton", copies=copies or item == 4)
         for rows, columns in sides
     ]
 
 
 def fused_plan(request: Request, **options: Any) -> Plan:
     """The plan of the first macro tile that fits the request's budget as it is; of the smallest, cut, if none does."""
+    mixed = any(rows.dtype != DTYPES[request.dtype] for rows in (request.queries, request.keys))
+    busy = request.stats or getattr(request.objective, "label_smoothing", 0.0) > 0
     found: Any = None
-    for hint in hints(request.device, request.dtype, request.d):
+    for hint in hints(request.device, request.dtype, request.d, busy=busy, copies=mixed):
         found = plan_request(request, hint, **options)
         whole = min(hint.rows, max(request.n, 1)), min(hint.columns, max(request.m, 1))
         if request.plan is not None or (found.query_tile, found.key_tile) == whole:
