@@ -9,15 +9,15 @@ Three ways of taking one step over the same pairs, on the emoji model (untrained
     decoupled      nibs_torch.DecoupledStep: the plain step's gradients, in the memory of a micro-batch
 
 The model. With F, B the seconds of one forward and one backward of the encoders for a pair, L(n) the loss with its
-gradients, and g the bytes that one pair's graph holds:
+gradients, g the bytes that one pair's graph holds, and c what is held whatever the batch:
 
-    plain          n (F + B) + L(n)          n g
-    accumulation   n (F + B) + k L(n / k)    m g            m = micro-batch, k = n / m
-    decoupled      n (2 F + B) + L(n)        m g + 4 n d b  embeddings and their gradients of both sides
+    plain          n (F + B) + L(n)          c + n g
+    accumulation   n (F + B) + k L(n / k)    c + m g            m = micro-batch, k = n / m
+    decoupled      n (2 F + B) + L(n)        c + m g + 4 n d b  embeddings and their gradients of both sides
 
-F, B and L are timed apart, in micro-batches, and g is the growth of plain's peak from half of the batch to the whole of
-it; then both columns, predicted and measured, stand side by side. Every measured step is in a process of its own; its
-peak is what the operating system saw beyond what was held before.
+F, B and L are timed apart, in micro-batches; g and c are the slope and the start of plain's peak between the smallest
+and the largest batch, so plain's own prediction says little and the others' much. Every measured step is in a process of
+its own; its peak is what the operating system saw beyond what was held before.
 """
 
 from __future__ import annotations
@@ -127,24 +127,26 @@ def elsewhere(way: str, batch: int, micro_batch: int, repeats: int) -> dict[str,
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def predicted(way: str, n: int, m: int, parts: dict[str, float], graph: float) -> dict[str, float]:
+def predicted(way: str, n: int, m: int, parts: dict[str, float], graph: float, fixed: float) -> dict[str, float]:
     """Return seconds and peak bytes by the model at the top.
 
-    parts: seconds of `forward` (F n), `both` (F n + B n), `loss` (L(n)), `small loss` (k L(n/k)). graph: g.
+    parts: seconds of `forward` (F n), `both` (F n + B n), `loss` (L(n)), `small loss` (k L(n/k)). graph: g. fixed: c.
     """
     loss = parts["small loss"] if way == "accumulation" else parts["loss"]
     encoding = parts["both"] + (parts["forward"] if way == "decoupled" else 0.0)
-    held = graph * (n if way == "plain" else min(n, m)) + (4 * n * DIM * 4 if way == "decoupled" else 0)
+    held = fixed + graph * (n if way == "plain" else min(n, m)) + (4 * n * DIM * 4 if way == "decoupled" else 0)
     return {"seconds": encoding + loss, "peak": held}
 
 
 def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every way at every batch and micro-batch, with its prediction."""
     rows = []
-    largest = max(options.batches)
-    plain = {n: elsewhere("plain", n, n, options.repeats) for n in {*options.batches, largest // 2}}
-    ends = plain[largest]["peak"], plain[largest // 2]["peak"]
-    graph = 0.0 if None in ends else (ends[0] - ends[1]) / (largest - largest // 2)
+    plain = {n: elsewhere("plain", n, n, options.repeats) for n in options.batches}
+    small, large = min(plain), max(plain)
+    ends = plain[small]["peak"], plain[large]["peak"]
+    known = small < large and None not in ends  # some systems do not tell a process's peak
+    graph = (ends[1] - ends[0]) / (large - small) if known else 0.0
+    fixed = max(0.0, ends[0] - graph * small) if known else 0.0
     for n in options.batches:
         for m in options.micro_batches:
             step, one = Step(n, m), Step(m, m)
@@ -160,7 +162,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
                 found = plain[n] if way == "plain" else elsewhere(way, n, m, options.repeats)
                 of_plain = found["seconds"] / plain[n]["seconds"]
                 row = {"way": way, "batch": n, "micro_batch": m, **found, "of plain": of_plain}
-                rows.append({**row, "predicted": predicted(way, n, m, parts, graph), "parts": parts})
+                rows.append({**row, "predicted": predicted(way, n, m, parts, graph, fixed), "parts": parts})
                 print(line(rows[-1]), flush=True)
     return rows
 

