@@ -16,8 +16,8 @@ gradients, g the bytes that one pair's graph holds, and c what is held whatever 
     decoupled      n (2 F + B) + L(n)        c + m g + 4 n d b  embeddings and their gradients of both sides
 
 F, B and L are timed apart, in micro-batches; g and c are the slope and the start of plain's peak between the smallest
-and the largest batch, so plain's own prediction says little and the others' much. Every measured step is in a process of
-its own; its peak is what the operating system saw beyond what was held before.
+and the largest batch, so plain's own prediction says little and the others' much. Every measured step is in a process
+of its own; its peak is what the operating system saw beyond what was held before.
 """
 
 from __future__ import annotations
