@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "jax.md"
 
 def test_the_snippets_run_and_give_the_dense_loss(mesh: Any) -> None:
     blocks = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
-    assert list(blocks) == ["jit", "shard_map", "global"]
+    assert list(blocks) == ["jit", "shard_map", "global", "decoupled"]
     images, texts = rows(16, 16)
     parameters = {"image": jnp.eye(8), "text": jnp.eye(8) + 0.1, "log_scale": jnp.asarray(0.7)}
     space: dict[str, Any] = {"mesh": mesh(4), "queries": images, "keys": texts}
@@ -41,6 +41,16 @@ def test_the_snippets_run_and_give_the_dense_loss(mesh: Any) -> None:
 
     exec(blocks["global"], space)
     close(space["value"], dense(images, texts, 10.0))
+
+    space.update(parameters=parameters, images=images, texts=texts)
+    exec(blocks["decoupled"], space)
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), index) for index in range(4)]
+
+    def dropped(parameters: Any) -> Any:
+        parts = [space["image_tower"](parameters, images[4 * i : 4 * i + 4], key) for i, key in enumerate(keys)]
+        return dense(jnp.concatenate(parts), texts @ parameters["text"], jnp.exp(parameters["log_scale"]))
+
+    close((space["value"], space["gradients"]), jax.value_and_grad(dropped)(parameters), 1e-5)
 
 
 def test_the_example_learns() -> None:
