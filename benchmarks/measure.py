@@ -26,7 +26,7 @@ from contenders import CONTENDERS, Batch, Contender, Step
 SCALE, BIAS = {"InfoNCE": 14.3, "Sigmoid": 10.0}, {"InfoNCE": 0.0, "Sigmoid": -10.0}
 PRODUCTS = {"InfoNCE": 4, "Sigmoid": 3}
 """Matrix products of 2 n^2 d flops that a step needs without keeping its tiles: the yardstick of `rate`."""
-SIDE = 3072  # of the square product that measures the machine
+SIDE = 2048  # of the square product that measures the machine
 LONG_ENOUGH = 0.02  # seconds of calls in a turn, so that a clock tick or a page fault does not decide
 PATIENCE = 240  # seconds for a process that measures a peak
 

@@ -229,7 +229,6 @@ def plot(every: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     mine = [row for row in every if (row.objective, row.dtype) == ("InfoNCE", "float32")]
     over_n, over_d = [row for row in mine if not row.over_d], [row for row in mine if row.over_d]
     panels = (
@@ -237,8 +236,14 @@ def plot(every: list[Row], path: Path) -> None:
         (over_n, "n", "peak", "peak bytes beyond inputs and gradients"),
         (over_d, "d", "step", "seconds of a step"),
     )
+    panels = tuple(panel for panel in panels if any(getattr(row, panel[2]) for row in panel[0]))
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4.5), constrained_layout=True, squeeze=False
+    )
     colours = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.contender for row in mine))}
-    for axis, (rows, across, up, title) in zip(axes, panels, strict=True):
+    for axis, (rows, across, up, title) in zip(axes[0], panels, strict=True):
         for name, colour in colours.items():
             points = sorted(
                 (getattr(row, across), getattr(row, up)) for row in rows if row.contender == name and getattr(row, up)
@@ -249,7 +254,7 @@ def plot(every: list[Row], path: Path) -> None:
         fixed = {f"{other} = {getattr(row, other)}" for row in rows for other in "nd" if other != across}
         axis.set(xlabel=across, title=", ".join([title, *fixed]))
         axis.grid(True, which="major", alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -315,6 +320,9 @@ def main() -> None:
         (options.results / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
         plot(run.rows, options.results / f"{name}.png")
     if options.docs:
+        if options.results:
+            shown = os.path.relpath(options.results / f"{name}.png", options.docs.parent)
+            text += f"\n![Time and memory over n, time over d]({shown})\n"
         put_into(options.docs, name, text)
 
 

@@ -1,0 +1,71 @@
+"""The benchmark measures what it says: each loss is the right one, and who cannot run is shown with the reason."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("run")
+
+
+def asked(run, *names):
+    options = argparse.Namespace(only=list(names), memory=None, turns=0, seconds=8.0, no_memory=True)
+    return run.Run(options, "cpu", {"float32, torch": 1e9})
+
+
+@pytest.mark.parametrize("objective", ["InfoNCE", "Sigmoid"])
+@pytest.mark.parametrize("name", ["dense torch", "nibs torch", "nibs numpy"])
+def test_a_contender_computes_the_loss_of_its_column(run, monkeypatch, objective, name):
+    monkeypatch.setattr(run, "CONTENDERS", [one for one in run.CONTENDERS if one.name == name])
+    (row,) = asked(run).measure(objective, "float32", 24, 8)
+    assert row.reason == ""
+    assert row.loss_error < 1e-5
+    assert row.gradient_error < 1e-4
+
+
+def test_who_cannot_run_has_one_row_with_the_reason(run, monkeypatch):
+    def make(batch):
+        raise RuntimeError("needs a GPU\nand more words")
+
+    monkeypatch.setattr(run, "CONTENDERS", [run.Contender("a peer", "InfoNCE", "peer", make)])
+    here = asked(run)
+    for n in (8, 16):
+        here.measure("InfoNCE", "float32", n, 4)
+    assert [(row.n, row.reason) for row in here.rows] == [(8, "RuntimeError: needs a GPU")]
+
+
+def test_a_slow_peer_is_left_out_of_larger_batches_and_the_table_says_so(run, monkeypatch):
+    step = importlib.import_module("contenders").Step
+    monkeypatch.setattr(run, "errors", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(run, "timed", lambda _: 3.0)
+    slow = run.Contender("a peer", "InfoNCE", "peer", lambda batch: step(lambda: 0.0, lambda: 0.0, list))
+    monkeypatch.setattr(run, "CONTENDERS", [slow])
+    here = asked(run)
+    here.measure("InfoNCE", "float32", 8, 4, following=16)  # four times as long: 12 seconds
+    here.measure("InfoNCE", "float32", 16, 4)
+    assert here.rows[0].step is not None
+    assert here.rows[1].reason == "left out from here on: 3.0 s a step at n = 8"
+
+
+def test_tables_replace_those_between_the_marks_of_a_page(run, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- cpu tables -->\nold\n<!-- end of cpu tables -->\nafter\n")
+    run.put_into(page, "cpu", "new")
+    assert page.read_text() == "before\n<!-- cpu tables -->\n\nnew\n<!-- end of cpu tables -->\nafter\n"
+
+
+def test_a_page_without_marks_is_left_alone(run, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("words\n")
+    with pytest.raises(SystemExit, match="no marks"):
+        run.put_into(page, "cpu", "new")
+    assert page.read_text() == "words\n"
