@@ -128,7 +128,9 @@ class Runner:
         handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            done = subprocess.run([*command, "-o", made], capture_output=True, text=True)
+            # The sanitizer is preloaded for this process; in the compiler it would only be slow.
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            done = subprocess.run([*command, "-o", made], capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise BackendUnavailable(
                     f"the C++ compiler {command[0]!r} does not build {file} (it takes C++17 of GCC or Clang; name "

@@ -60,7 +60,7 @@ constexpr size_t RED_ZONE = 64;
 constexpr size_t STATIC_LIMIT = 48 * 1024;   // what every CUDA device gives without asking
 constexpr size_t SHARED_LIMIT = 227 * 1024;  // what a Hopper gives when asked
 constexpr size_t ARENA = 320 * 1024;         // that, its red zones, and alignment
-constexpr size_t STACK = NIBS_HOST_SANITIZED ? 512 * 1024 : 64 * 1024;
+constexpr size_t STACK = NIBS_HOST_SANITIZED ? 128 * 1024 : 64 * 1024;
 constexpr unsigned char UNWRITTEN = 0xFF;
 constexpr unsigned char FENCE = 0xC5;
 constexpr uint64_t CANARY = 0x6e69627363757079ull;
@@ -391,6 +391,9 @@ static void begin_thread() {
 }
 
 static void prime(Thread& thread) {
+#if NIBS_HOST_SANITIZED
+    ASAN_UNPOISON_MEMORY_REGION(thread.stack, STACK);  // red zones of frames that were never left, and of what was mapped here
+#endif
     memcpy(thread.stack, &CANARY, sizeof CANARY);
 #if NIBS_HOST_ASSEMBLY && defined(__x86_64__)
     void** top = (void**)(thread.stack + STACK);
