@@ -17,7 +17,7 @@ gradients, g the bytes that one pair's graph holds, and c what is held whatever 
 
 F, B and L are timed apart, in micro-batches; g and c are the slope and the start of plain's peak between the smallest
 and the largest batch, so plain's own prediction says little and the others' much. Every measured step is in a process
-of its own; its peak is what the operating system saw beyond what was held before.
+of its own; its peak is what the operating system saw beyond what was held before, and its seconds are the processor's.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ class Step:
 
 
 def best(call: Callable[[], None], repeats: int) -> float:
-    """Seconds of the best of several calls: a shared machine only ever adds."""
+    """Processor seconds, over all threads, of the best of several calls: waiting for a busy machine does not count."""
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     if options.way:
         print(json.dumps(measure(options.way, options.batches[0], options.micro_batches[0], options.repeats)))
         return
-    print("| batch | micro-batch | way | seconds | predicted | of plain | peak MB | predicted |")
+    print("| batch | micro-batch | way | CPU seconds | predicted | of plain | peak MB | predicted |")
     print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     rows = report(options)
     if options.record:
