@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +17,8 @@ from nibs.request import Request
 from nibs.schedule import Call
 from nibs.spec import Backend
 from nibs_cupy.device import Cuda, Host, open_device
+from nibs_cupy.fast import FAMILIES, why_not
+from nibs_cupy.fast_tiles import FastTiles
 from nibs_cupy.tiles import DTYPES, CupyTiles
 
 # One tile of weights; beside it the parts of statistics, 18 numbers for each 64 pairs at most, and their sums, which
@@ -26,12 +30,20 @@ HINTS = {
     "cuda": TileHint(rows=8192, columns=8192, buffers=1.4, masked=1.6, fixed=192 * 1024, kernel="general"),
 }
 
+# Beside the weights in half precision, a copy in float32 for the products; panels padded to whole ones.
+FAST = {"buffers": 2.0, "masked": 2.2, "fixed": 1024 * 1024}
+KERNELS = "NIBS_CUPY_KERNELS"
+
 
 class CupyBackend(Backend):
     """Runs every request by the shared schedule over `CupyTiles`, on CuPy's arrays (`"cuda"`) or NumPy's (`"host"`)."""
 
-    def __init__(self, device: str | Cuda | Host = "cuda") -> None:
+    def __init__(self, device: str | Cuda | Host = "cuda", kernels: str | None = None) -> None:
+        """kernels: `"general"`, or the family that runs what it takes, `"ampere"` or `"hopper"`; NIBS_CUPY_KERNELS."""
         self.device = open_device(device) if isinstance(device, str) else device
+        self.kernels = kernels or os.environ.get(KERNELS) or "general"
+        if self.kernels not in ("general", *FAMILIES):
+            raise InvalidInput(f"{KERNELS}={self.kernels!r}: expected general, {' or '.join(FAMILIES)}.")
 
     def loss(self, request: Request) -> Any:
         with self.device.quiet():
@@ -47,8 +59,23 @@ class CupyBackend(Backend):
 
     def _call(self, request: Request, *, grad: bool) -> Call:
         ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
-        plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=ring.size if ring is not None else 1)
-        return Call(request, CupyTiles(request.dtype, self.device), plan, ring, hold=hold)
+        size = ring.size if ring is not None else 1
+        if not self._fast(request):
+            plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
+            return Call(request, CupyTiles(request.dtype, self.device), plan, ring, hold=hold)
+        hint = replace(hint, **FAST, kernel=self.kernels)
+        plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
+        if plan.sweep in ("keep", "strip"):  # logits are never written, so none are kept
+            again = replace(request, plan=replace(plan, sweep="recompute"))
+            plan = plan_request(again, hint, grad=grad, hold=hold, ring_size=size)
+        tiles = FastTiles(request.dtype, self.device, self.kernels, self.device.processors())
+        return Call(request, tiles, plan, ring, hold=hold)
+
+    def _fast(self, request: Request) -> bool:
+        """Whether the family takes this call; float32 stays with the general kernels until its panels are budgeted."""
+        if self.kernels == "general" or request.dtype not in ("bfloat16", "float16"):
+            return False
+        return why_not(request.dtype, request.precision, request.objective, stats=request.stats) is None
 
     def tile_hint(self, device: str, dtype: str) -> TileHint:
         return HINTS[self.device.kind]

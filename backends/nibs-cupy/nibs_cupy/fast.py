@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from nibs.verbs import Problem, Weights
+from nibs.spec import Objective
+from nibs.verbs import Weights
 
 __all__ = ["FORMATS", "FastKernels", "Pairs", "Panels", "why_not"]
 
@@ -132,17 +133,15 @@ class Pairs:
     diagonal: int | None = None
 
 
-def why_not(problem: Problem, dtype: str) -> str | None:
+def why_not(dtype: str, precision: str, objective: Objective, *, stats: bool) -> str | None:
     """Why the fast kernels do not take a call, or None if they do."""
-    if (dtype, problem.precision) not in FORMATS:
-        return f"{dtype} at precision={problem.precision!r} has no tensor-core kernel"
+    if (dtype, precision) not in FORMATS:
+        return f"{dtype} at precision={precision!r} has no tensor-core kernel"
     for flag, what in (
-        (problem.multi, "several positives"),
-        (problem.margin is not None, "a margin"),
-        (problem.sums, "label smoothing or stats"),
-        (problem.stats, "stats"),
-        (problem.total_product, "the scale's gradient alone"),
-        (not problem.softmax and problem.exclude_self, "exclude_self with Sigmoid"),
+        (objective.same_id == "positive", "several positives"),
+        (getattr(objective, "false_negative_margin", None) is not None, "a margin"),
+        (getattr(objective, "label_smoothing", 0.0) > 0, "label smoothing"),
+        (stats, "stats=True"),
     ):
         if flag:
             return f"{what} is for the general kernels"

@@ -258,6 +258,21 @@ def test_without_the_second_guard_weights_would_be_wrong(tmp_path: Path) -> None
         check_weights(kernels, *far_apart("bfloat16"), 200.0, designated(96, 96))
 
 
+@pytest.mark.parametrize("family", ["ampere", "hopper"])
+def test_a_target_in_the_next_macro_tile_is_none_of_this_one(family: str, random: Any) -> None:
+    """Column 75 of 70 lies in the padding of this tile, not beyond it."""
+    queries, keys = rows(random, (40, 70, 24), "bfloat16")
+    pairs = Pairs(target=np.arange(40) + 35)
+    kernels = fast(family, "bfloat16")
+    check_lse(kernels, queries, keys, 20.0, pairs)
+    check_weights(kernels, queries, keys, 20.0, pairs)
+    packed = kernels.pack(queries), kernels.pack(keys)
+    loss, _, positive, *_ = kernels.sigmoid(*packed, one(20.0), one(-1.0), pairs, None, one(1.0))
+    wanted = plain_sigmoid(queries, keys, 20.0, -1.0, pairs)
+    np.testing.assert_allclose(loss, wanted[0], rtol=4e-6)
+    np.testing.assert_allclose(positive, wanted[2], rtol=0, atol=slack(20))
+
+
 def test_rows_that_are_no_anchors_give_no_nan_however_large_their_logits() -> None:
     """No lse bounds a pair of a row and a column that are both no anchors: its weight is 0, not infinity times 0."""
     queries, keys = np.eye(4, dtype=np.float32) * 30, np.eye(4, dtype=np.float32) * 30

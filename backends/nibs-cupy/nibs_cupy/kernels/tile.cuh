@@ -43,7 +43,8 @@ struct Pairs {
 
     NIBS_DEVICE bool row_is_here(i64 i) const { return i < rows && (!query_mask || query_mask[i]); }
     NIBS_DEVICE bool column_is_here(i64 j) const { return j < columns && (!key_mask || key_mask[j]); }
-    NIBS_DEVICE i64 designated(i64 i) const { return target && i < rows ? target[i] : -1; }
+    // A target beyond the macro tile may still lie within a tile's padding.
+    NIBS_DEVICE i64 designated(i64 i) const { return target && i < rows && target[i] < columns ? target[i] : -1; }
     // Whether nothing of the HEIGHT x WIDTH pairs from (i, j) on is to be left out.
     NIBS_DEVICE bool whole(i64 i, i64 j, int height, int width) const {
         return i + height <= rows && j + width <= columns && !query_mask && !key_mask && !query_ids && diagonal == NO_DIAGONAL;

@@ -1,0 +1,151 @@
+"""The three verbs over the fast kernels of fast.py, for half precision: what they do not take never comes here.
+
+    tile_lse      both sides packed (once a tile), statistics and positives' logits from one launch, its redo and folds
+    tile_grad     the weights in the dtype of the inputs, then two products with float32 sums
+    Sigmoid       one launch for the loss and the weights, which lack only their row's factor
+
+Chosen by NIBS_CUPY_KERNELS=ampere or hopper, and not without: no fast kernel has run on a GPU yet. Nothing is kept from
+one verb to the other but Sigmoid's weights: logits are never written, so a softmax recomputes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nibs.verbs import Lse, Problem, Tile, Weights
+from nibs_cupy.device import Cuda, Host
+from nibs_cupy.fast import FORMATS, FastKernels, Pairs, Panels
+from nibs_cupy.tiles import DTYPES, CupyTiles, Rows
+
+__all__ = ["FastTiles"]
+
+LIFT = {"bfloat16": 0, "float16": 12}  # powers of two by which the largest weight is lifted
+
+
+class FastTiles(CupyTiles):
+    """The verbs for one half-precision dtype, by one family of kernels."""
+
+    def __init__(self, dtype: str, device: Cuda | Host, family: str, processors: int) -> None:
+        super().__init__(dtype, device)
+        self.dtype, format = dtype, FORMATS[dtype, "default"]
+        self.fast = FastKernels(device, format, family, processors=processors)
+        # wgmma leaves no registers for the sums that the scale's gradient needs beside the sigmoid.
+        self.summing = self.fast if family == "ampere" else FastKernels(device, format, "ampere")
+
+    def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
+        if not problem.softmax:
+            kept = self._fast_sigmoid(tile, problem, grad=keep)
+            return Lse(mass=kept[0], positive_sum=kept[2]), Lse(), kept if keep else None
+        queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
+        row_shift, row_mass, column_shift, column_mass, positive = self.fast.lse(
+            *(queries, keys, self._one(problem.scale), self._pairs(tile, problem)),
+            rows=problem.rows,
+            columns=problem.columns,
+        )
+        return Lse(row_mass, row_shift, positive_sum=positive), Lse(column_mass, column_shift), None
+
+    def tile_grad(
+        self,
+        tile: Tile,
+        problem: Problem,
+        rows: Weights | None,
+        columns: Weights | None,
+        kept: Any,
+        into: Any,
+        onto: Any,
+    ) -> tuple[Any, Any]:
+        if not problem.softmax:
+            assert rows is not None
+            return self._fast_sigmoid_grad(tile, problem, rows, kept, into, onto)
+        sides = [None if side is None else self._contiguous(side) for side in (rows, columns)]
+        lift = self._lift(*(side.factor for side in sides if side is not None))
+        queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
+        g, products = self.fast.weights(
+            *(queries, keys, self._one(problem.scale), self._pairs(tile, problem), *sides, lift),
+            products=problem.total_product,
+        )
+        if into is not None:
+            into += self._product(g, tile.keys, lift)
+        if onto is not None:
+            onto += self._product(g.T, tile.queries, lift)
+        return None if products is None else self.total(products.ravel()), None
+
+    # -- Sigmoid ----------------------------------------------------------------------------------
+
+    def _fast_sigmoid(self, tile: Tile, problem: Problem, *, grad: bool) -> Any:
+        """`(loss, weight, positive, g, products, lift)`, the weights without their row's factor."""
+        kernels = self.summing if grad and problem.total_product else self.fast
+        queries, keys = self._packed(tile.queries, kernels), self._packed(tile.keys, kernels)
+        scalars = self._one(problem.scale), self._one(problem.bias)
+        lift = self._lift(self.zeros(1) + 1)
+        found = kernels.sigmoid(
+            *(queries, keys, *scalars, self._pairs(tile, problem), None, lift),
+            grad=grad,
+            products=grad and problem.total_product,
+        )
+        return *found, lift
+
+    def _fast_sigmoid_grad(
+        self, tile: Tile, problem: Problem, rows: Weights, kept: Any, into: Any, onto: Any
+    ) -> tuple[Any, Any]:
+        _, weight, _, g, products, lift = kept or self._fast_sigmoid(tile, problem, grad=True)
+        if into is not None:
+            part = self._product(g, tile.keys, lift)
+            part *= rows.factor[:, None]
+            into += part
+        if onto is not None:  # the factor may be any number: it goes to the weights, in float32
+            wide = self._wide(g) * (rows.factor / lift)[:, None]
+            onto += self.device.product(wide.T, tile.queries.wide(), problem.precision)
+        total = self.total(weight * rows.factor) if problem.total_weight else None
+        return None if products is None else self.total((products * rows.factor).ravel()), total
+
+    # -- operands ---------------------------------------------------------------------------------
+
+    def _packed(self, rows: Rows, kernels: FastKernels) -> Panels:
+        """Panels of these rows, made once for each family that reads them."""
+        held = rows.__dict__.setdefault("panels", {})
+        if kernels.family.name not in held:
+            mask = None if rows.mask is None else rows.mask.view(np.uint8)
+            held[kernels.family.name] = kernels.pack(rows.values, mask)
+        return held[kernels.family.name]
+
+    def _pairs(self, tile: Tile, problem: Problem) -> Pairs:
+        xp = self.xp
+        target = None
+        if tile.diagonal:
+            target = xp.arange(tile.queries.shape[0], dtype=np.int64) + (tile.row - tile.column)
+        elif tile.targets is not None:
+            target = xp.where(tile.targets < 0, -1, tile.targets - tile.column).astype(np.int64, copy=False)
+        masks = (None if rows.mask is None else rows.mask.view(np.uint8) for rows in (tile.queries, tile.keys))
+        ids: tuple[Any, Any] = (None, None)
+        if problem.exclude:
+            ids = tuple(xp.ascontiguousarray(array, dtype=np.int64) for array in (tile.query_ids, tile.key_ids))
+        diagonal = tile.row - tile.column if problem.exclude_self and tile.home else None
+        return Pairs(target, *masks, *ids, diagonal)
+
+    def _one(self, value: Any) -> Any:
+        return self.xp.ascontiguousarray(self.cast(value).reshape(1))
+
+    def _contiguous(self, side: Weights) -> Weights:
+        vectors = (side.factor, side.shift, side.target)
+        return Weights(*(self.xp.ascontiguousarray(self.cast(vector)) for vector in vectors))
+
+    def _lift(self, *factors: Any) -> Any:
+        """`[1]`: the power of two that takes the largest factor to 2^12: float16 then holds large and small weights."""
+        if not LIFT[self.dtype]:
+            return self.zeros(1) + 1
+        top = self.xp.stack([factor.max() if len(factor) else self.scalar(1.0) for factor in factors]).max()
+        exponent = LIFT[self.dtype] - self.xp.ceil(self.xp.log2(self.xp.where(top > 0, top, 1.0)))
+        return self.xp.exp2(exponent).astype(np.float32).reshape(1)
+
+    def _wide(self, g: Any) -> Any:
+        return g.view(DTYPES[self.dtype]).astype(np.float32)
+
+    def _product(self, g: Any, rows: Rows, lift: Any) -> Any:
+        """`g @ rows`, float32 sums, without the lift. g is the weights' bits, or their transpose."""
+        wide = self._wide(g.T).T if g.strides[0] < g.strides[1] else self._wide(g)
+        part = self.device.product(wide, rows.wide(), "default")
+        part /= lift
+        return part

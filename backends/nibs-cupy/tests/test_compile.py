@@ -1,0 +1,79 @@
+"""Every kernel through NVIDIA's compiler for every architecture: no spills, no serialised wgmma, tensor cores in use.
+
+Needs the wheel nvidia-cuda-nvrtc or nvcc, no GPU. What is asked of whom is one table, `nibs_cupy.compile.LIMITS`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import pytest
+
+from nibs.errors import BackendUnavailable
+from nibs_cupy.compile import ARCHITECTURES, LIMITS, Kernel, compile_file, compile_source, faults, files_for
+from nibs_cupy.device import flattened
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    try:
+        compile_source('extern "C" __global__ void nothing() {}', "sm_80")
+    except BackendUnavailable as cause:
+        pytest.skip(str(cause))
+
+
+@lru_cache
+def compiled(architecture: str) -> list[Kernel]:
+    with ThreadPoolExecutor(2) as pool:
+        files = pool.map(lambda file: compile_file(file, architecture), files_for(architecture))
+        return [kernel for file in files for kernel in file]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_keeps_to_the_table(architecture: str) -> None:
+    kernels = compiled(architecture)
+    assert [fault for kernel in kernels for fault in faults(kernel, architecture)] == []
+    families = {kernel.name.split("_")[1] for kernel in kernels}
+    assert "ampere" in families
+    assert ("hopper" in families) == (architecture == "sm_90a")
+
+
+def test_the_table_has_no_row_that_no_kernel_uses() -> None:
+    kernels = compiled("sm_90a")
+    assert {kernel.limit for kernel in kernels} == set(LIMITS)
+
+
+def test_a_spill_is_seen() -> None:
+    source = """extern "C" __global__ void __launch_bounds__(1024) nibs_pack_spills(float* x) {
+        float v[120];
+        for (int i = 0; i < 120; i++) v[i] = x[i * 1024 + threadIdx.x];
+        __syncthreads();
+        for (int i = 0; i < 120; i++) x[i * 1024 + threadIdx.x] = v[i] * v[119 - i] + v[(i * 7) % 120];
+    }"""
+    (kernel,) = compile_source(source, "sm_80")
+    assert any("spilled" in fault for fault in faults(kernel, "sm_80"))
+
+
+def test_serialised_wgmma_is_seen() -> None:
+    """A loop of unknown length over one sum: the compiler waits after each instruction, and says so in a remark."""
+    source = flattened("instructions.cu")
+    before = "for (int step = 0; step < 4; step++) multiply_group"
+    assert before in source
+    kernels = compile_source(
+        source.replace(before, "for (int step = 0; step < args.count; step++) multiply_group"), "sm_90a"
+    )
+    found = [fault for kernel in kernels for fault in faults(kernel, "sm_90a")]
+    assert any("serialized" in fault for fault in found)
+
+
+def test_a_kernel_that_lost_its_tensor_cores_is_seen() -> None:
+    source = 'extern "C" __global__ void nibs_ampere_lse_float16(float* x) { x[threadIdx.x] *= 2; }'
+    (kernel,) = compile_source(source, "sm_80")
+    assert any("no HMMA" in fault for fault in faults(kernel, "sm_80"))
+
+
+def test_more_registers_than_granted_are_seen() -> None:
+    (kernel,) = compile_source('extern "C" __global__ void nibs_pack_2(float* x) { x[threadIdx.x] *= 2; }', "sm_80")
+    kernel.registers = kernel.limit.registers + 1
+    assert any("registers, of which it may use" in fault for fault in faults(kernel, "sm_80"))
