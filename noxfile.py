@@ -136,8 +136,14 @@ def jax(session: nox.Session, version: str) -> None:
     folders = [".", "backends/nibs-numpy", "backends/nibs-jax", "conformance"]
     editable = [part for folder in folders for part in ("-e", folder)]
     session.install("-c", str(pins), *editable, "pytest", "pytest-timeout")
-    files = [f"backends/nibs-jax/tests/test_{name}.py" for name in ("foreign", "lowering", "transforms", "decoupled")]
-    session.run("python", "-m", "pytest", "--timeout=300", *files)
+    tests = "backends/nibs-jax/tests"
+    files = [f"{tests}/test_{name}.py" for name in ("foreign", "lowering", "transforms")]
+    session.run("python", "-m", "pytest", "--timeout=300", *files, "-k", "not million and not precision")
+    # Of the decoupled step and the ring, what a newer JAX may see otherwise: transfers, memory, replicated gradients.
+    some = "host_memory or complete or dropout or memory_is or inside_are"
+    session.run(
+        "python", "-m", "pytest", "--timeout=300", f"{tests}/test_decoupled.py", f"{tests}/test_ring.py", "-k", some
+    )
     few = [
         "--nibs-dtypes=float32",
         "--nibs-cases=symmetric,sigmoid,everything-symmetric",

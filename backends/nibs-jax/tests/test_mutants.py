@@ -33,6 +33,19 @@ def backwards(self: Any, arrays: Any) -> Any:
     return jax.tree.map(lambda array: lax.ppermute(array, self.axes, hop if array.ndim == 2 else back), arrays)
 
 
+def keys_backwards(self: Any, arrays: Any) -> Any:
+    """Keys go the wrong way, and their masks, statistics and weights the right way."""
+    hop = [(rank, (rank + 1) % self.size) for rank in range(self.size)]
+    back = [(there, here) for here, there in hop]
+    return jax.tree.map(lambda array: lax.ppermute(array, self.axes, back if array.ndim == 2 else hop), arrays)
+
+
+def summed(self: Any, weights: Any, real: Any = schedule.Call._settle) -> None:
+    """Gradients of the sum of the ranks' means."""
+    real(self, weights)
+    self.factor = self.factor * self.ring.size
+
+
 def counted(self: Any, *, queries: bool, real: Any = schedule.Call._anchor_weights) -> Any:
     weights = real(self, queries=queries)
     return jax.numpy.maximum(weights, 1)
@@ -41,7 +54,9 @@ def counted(self: Any, *, queries: bool, real: Any = schedule.Call._anchor_weigh
 MUTANTS = {
     "mean instead of sum over shards": (ring.Ring, "sum", mean_of_sums),
     "psum twice": (ring.Ring, "sum", twice),
-    "the wrong way round": (ring.Ring, "shift", backwards),
+    "sum instead of mean over shards": (schedule.Call, "_settle", summed),
+    "statistics hop the wrong way": (ring.Ring, "shift", backwards),
+    "keys hop the wrong way": (ring.Ring, "shift", keys_backwards),
     "padding counted": (schedule.Call, "_anchor_weights", counted),
 }
 
