@@ -1,0 +1,72 @@
+"""The loss with its gradients under JAX's jit, beside the dense loss under jit and the bare matrix products.
+
+    python benchmarks/jax_step.py [--n N] [--dim D] [--turns T]
+
+CPU time of the process, the best of turns taken one after the other, so that a busy machine disturbs the ratios
+little; run it on one core (`taskset -c 0`) for figures that compare. Three products of 2 n^2 d flops are what the
+dense loss makes, and nibs where it keeps its tiles; four where it computes them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nibs
+
+
+def dense(queries: Any, keys: Any, scale: Any) -> Any:
+    """The symmetric loss as everybody writes it."""
+    logits = scale * queries @ keys.T
+    rows, columns = (jnp.diagonal(jax.nn.log_softmax(logits, axis)).mean() for axis in (1, 0))
+    return -(rows + columns) / 2
+
+
+def main() -> None:
+    """Measure and print a line for each."""
+    parser = argparse.ArgumentParser(description="CPU time of the loss under JAX.")
+    parser.add_argument("--n", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    n, d = options.n, options.dim
+    r = np.random.default_rng(0)
+    queries = r.standard_normal((n, d)).astype(np.float32)
+    sides = [queries, queries + r.standard_normal((n, d)).astype(np.float32)]
+    queries, keys = (jnp.asarray(side / np.linalg.norm(side, axis=1, keepdims=True)) for side in sides)
+    kept = nibs.plan(n, n, d, query_tile=min(n, 1024), key_tile=min(n, 1024), sweep="keep")
+    losses = {
+        "dense": dense,
+        "nibs": lambda q, k, s: nibs.contrastive_loss(q, k, scale=s),
+        "nibs, tiles kept": lambda q, k, s: nibs.contrastive_loss(q, k, scale=s, plan=kept),
+    }
+    calls: dict[str, Any] = {}
+    for name, loss in losses.items():
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(queries, keys, 14.3)
+        begun = time.process_time()
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        print(f"{name}: compiled in {time.process_time() - begun:.2f} s, {memory:.0f} MiB of temporaries", flush=True)
+        calls[name] = lambda compiled=compiled: compiled(queries, keys, 14.3)
+    weights = jnp.ones((n, n))
+    multiply = [jax.jit(lambda a, b: a @ b.T), jax.jit(lambda a, b: a @ b), jax.jit(lambda a, b: a.T @ b)]
+    operands = [(queries, keys), (weights, keys), (weights, queries)]
+    calls["three products"] = lambda: [one(*both) for one, both in zip(multiply, operands, strict=True)]
+    best = dict.fromkeys(calls, float("inf"))
+    for turn in range(options.turns + 1):
+        for name, call in calls.items():
+            begun = time.process_time()
+            jax.block_until_ready(call())
+            if turn:  # the first one warms up
+                best[name] = min(best[name], time.process_time() - begun)
+    for name, seconds in best.items():
+        print(f"{name:18} {seconds:7.3f} s   {seconds / best['dense']:.2f} of dense")
+
+
+if __name__ == "__main__":
+    main()
