@@ -388,6 +388,12 @@ class _Run:
     def _call_loss(self) -> Any:
         queries, keys = self.sides
         given = dict(self.per_call)
+        device: torch.device | None = None
+        if self.step.offload and self.device.type != "cpu":
+            if isinstance(self.step.loss, ContrastiveLoss) and not self.ranks.several:
+                given.setdefault("device", str(self.device))  # it fetches rows tile by tile
+            else:
+                device = self.device  # any other gets them where it computes, and autograd brings gradients back
         if queries.named != keys.named:
             raise InvalidInput("one encoder returns a dict and the other does not: expected both to, or neither.")
         scalars = {name: side.leaves.get(name, side.scalars[name]) for side in (keys, queries) for name in side.scalars}
@@ -395,9 +401,9 @@ class _Run:
             twice = queries.pools.keys() & keys.pools.keys()
             if twice:
                 raise InvalidInput(f"both encoders return '{sorted(twice)[0]}': expected names of their own for rows.")
-            rows = {name: side.leaves[name] for side in self.sides for name in side.pools}
+            rows = {name: side.leaves[name].to(device) for side in self.sides for name in side.pools}
             return self.step.loss(**rows, **scalars, **given)
-        both = [side.leaves["embedding"] for side in self.sides]
+        both = [side.leaves["embedding"].to(device) for side in self.sides]
         positional = [scalars[name] for name in ("scale", "bias") if name in scalars]
         return self.step.loss(*both, *positional, **given)
 

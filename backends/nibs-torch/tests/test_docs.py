@@ -1,4 +1,4 @@
-"""Every block of docs/pytorch.md runs, in order, as one program."""
+"""Every block of the pages on PyTorch runs, in order, as one program for each page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[3] / "docs" / "pytorch.md"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
-def test_the_page_runs_from_top_to_bottom():
+@pytest.mark.parametrize(("page", "count"), [("pytorch.md", 9), ("decoupled.md", 1)])
+def test_the_page_runs_from_top_to_bottom(page, count):
     pytest.importorskip("nibs_numpy")
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 9
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == count
     names: dict[str, object] = {"__name__": "page"}
     for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"{PAGE.name}, block {number}", "exec"), names)
+        exec(compile(block, f"{page}, block {number}", "exec"), names)

@@ -1,0 +1,119 @@
+"""What one decoupled step takes: seconds and peak memory, as the batch grows and the micro-batch stays. PyTorch, CPU.
+
+    python benchmarks/decoupled.py                          batches of 1, 4, 16 and 64 times 1,024 pairs
+    python benchmarks/decoupled.py --batches 262144         one step over 262,144 pairs
+    python benchmarks/decoupled.py --plain                  a plain step beside each: the whole batch in one graph
+
+Pairs are synthetic: a row of noise, and the same row with noise upon it. Each batch runs in a process of its own.
+`peak` is the rise of the resident high-water mark during a step, beyond the inputs and what one tiny step had left
+behind; `embeddings` is both sides' rows and their gradients in float32, linear in the batch and part of the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FEATURES = 64
+
+
+def measure(batch: int, micro: int, dim: int, hidden: int, *, plain: bool) -> dict[str, Any]:
+    """Run one step over `batch` pairs in this process."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import normalize
+
+    import nibs_torch
+    from nibs_conformance.memory import high_water
+
+    torch.manual_seed(0)
+
+    class Tower(nn.Module):
+        """Two hidden layers of dropout and GELU."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            layers: list[nn.Module] = []
+            for width in (FEATURES, hidden):
+                layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(0.1)]
+            self.layers = nn.Sequential(*layers, nn.Linear(hidden, dim))
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            """Return unit rows `[n, dim]`."""
+            return normalize(self.layers(rows), dim=-1)
+
+    towers = Tower(), Tower()
+    log_scale = nn.Parameter(torch.tensor(2.5))
+
+    def encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return towers[0](rows), log_scale.exp()
+
+    loss = nibs_torch.ContrastiveLoss()
+    decoupled = nibs_torch.DecoupledStep(encode, towers[1], loss=loss, micro_batch=micro)
+    left = torch.randn(batch, FEATURES)
+    right = left + torch.randn(batch, FEATURES)
+
+    def step(queries: torch.Tensor, keys: torch.Tensor) -> float:
+        if not plain:
+            return float(decoupled(queries, keys))
+        total = loss(towers[0](queries), towers[1](keys), log_scale.exp())
+        total.backward()
+        return float(total.detach())
+
+    step(left[: 2 * micro], right[: 2 * micro])
+    found: dict[str, Any] = {}
+
+    def run() -> None:
+        begin = time.perf_counter()
+        found["loss"] = step(left, right)
+        found["seconds"] = time.perf_counter() - begin
+
+    found["peak"] = high_water(run)
+    return {"batch": batch, "plain": plain, "embeddings": 4 * batch * dim * 4, **found}
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--micro", type=int, default=512)
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--plain", action="store_true", help="a plain step beside each")
+    parser.add_argument("--output", type=Path, help="write JSON there, too")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        batch, plain = json.loads(options.one)
+        print(json.dumps(measure(batch, options.micro, options.dim, options.hidden, plain=plain)))
+        return
+    rows = []
+    print(f"{'batch':>9} {'step':>10} {'seconds':>9} {'peak MiB':>9} {'embeddings MiB':>15} {'loss':>9}")
+    for batch in options.batches:
+        for plain in (False, True) if options.plain else (False,):
+            sizes = [f"--{name}={getattr(options, name)}" for name in ("micro", "dim", "hidden")]
+            done = subprocess.run(
+                [sys.executable, __file__, f"--one={json.dumps([batch, plain])}", *sizes],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            row = json.loads(done.stdout.splitlines()[-1])
+            rows.append(row)
+            kind = "plain" if plain else "decoupled"
+            print(
+                f"{batch:>9} {kind:>10} {row['seconds']:>9.2f} {row['peak'] / 2**20:>9.1f} "
+                f"{row['embeddings'] / 2**20:>15.1f} {row['loss']:>9.4f}",
+                flush=True,
+            )
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
