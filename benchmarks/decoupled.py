@@ -7,15 +7,19 @@
 Pairs are synthetic: a row of noise, and the same row with noise upon it. Each batch runs in a process of its own.
 `peak` is the rise of the resident high-water mark during a step, beyond the inputs and what one tiny step had left
 behind; `embeddings` is both sides' rows and their gradients in float32, linear in the batch and part of the peak.
+Large blocks get pages of their own (glibc's MALLOC_MMAP_THRESHOLD_), so that the mark is not that of a heap's holes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +97,7 @@ def main() -> None:
         print(json.dumps(measure(batch, options.micro, options.dim, options.hidden, plain=plain)))
         return
     rows = []
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     print(f"{'batch':>9} {'step':>10} {'seconds':>9} {'peak MiB':>9} {'embeddings MiB':>15} {'loss':>9}")
     for batch in options.batches:
         for plain in (False, True) if options.plain else (False,):
@@ -102,6 +107,7 @@ def main() -> None:
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
+                env=environment,
             )
             row = json.loads(done.stdout.splitlines()[-1])
             rows.append(row)
@@ -112,7 +118,17 @@ def main() -> None:
                 flush=True,
             )
     if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        import torch
+
+        found = {
+            "date": date.today().isoformat(),
+            "command": " ".join(["python", "benchmarks/decoupled.py", *sys.argv[1:]]),
+            "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "sizes": {name: getattr(options, name) for name in ("micro", "dim", "hidden")},
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
