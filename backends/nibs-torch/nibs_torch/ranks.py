@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import types
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ def modules_behind(encoder: Any) -> list[nn.Module]:
             look(value.__self__, depth + 1)
             look(value.__func__, depth + 1)
         elif inspect.isfunction(value):
-            names = inspect.getclosurevars(value)
-            for one in (*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())):
+            for one in (*_referred(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
                 look(one, depth + 1)
             for name in ("__wrapped__", "_torchdynamo_orig_callable"):
                 look(getattr(value, name, None), depth + 1)
@@ -56,12 +56,25 @@ def modules_behind(encoder: Any) -> list[nn.Module]:
         elif isinstance(value, dict):
             for one in value.values():
                 look(one, depth + 1)
-        elif callable(value) and not inspect.isclass(value) and not inspect.isbuiltin(value):
-            for one in getattr(value, "__dict__", {}).values():
+        elif not isinstance(value, (type, types.ModuleType, Tensor)) and not inspect.isbuiltin(value):
+            for one in list(getattr(value, "__dict__", {}).values()):  # towers of a trainer or a namespace
                 look(one, depth + 1)
 
     look(encoder, 0)
     return list(found.values())
+
+
+def _referred(function: types.FunctionType) -> list[Any]:
+    """What a function's closure and globals give it, and the functions and comprehensions within it."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not bound yet
+            found.append(cell.cell_contents)
+    codes = [function.__code__]
+    for code in codes:
+        found += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return found
 
 
 def submodules(modules: Iterable[nn.Module]) -> list[nn.Module]:

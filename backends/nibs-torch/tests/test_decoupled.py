@@ -266,6 +266,30 @@ def test_batch_normalisation_is_refused_by_name():
     assert gradients(left, right) == [None] * 10
 
 
+def test_batch_normalisation_is_found_behind_objects_and_functions_within_functions():
+    left, right = towers(middle=nn.BatchNorm1d(12))
+
+    class Holder:
+        def __init__(self):
+            self.tower = left
+
+        def encode(self, x):
+            return self.tower(x)
+
+    holder = Holder()
+
+    def in_pieces(x):
+        return torch.cat([left(rows) for rows in x.split(2)])
+
+    for encode in (holder.encode, lambda x: holder.tower(x), in_pieces, lambda x, *, tower=left: tower(x)):
+        with pytest.raises(Unsupported, match="BatchNorm1d 'middle'"):
+            DecoupledStep(encode, right, micro_batch=SIZE)(*batch(24))
+    names = {"tower": left, "torch": torch}
+    exec("def encode(x):\n    return torch.cat([tower(rows) for rows in x.split(2)])", names)  # a global, from within
+    with pytest.raises(Unsupported, match="BatchNorm1d 'middle'"):
+        DecoupledStep(names["encode"], right, micro_batch=SIZE)(*batch(24))
+
+
 def test_frozen_batch_normalisation_equals_the_one_batch_by_running_statistics():
     left, right = towers(middle=nn.BatchNorm1d(12))
     left(batch()[0] * 3)  # statistics of their own
