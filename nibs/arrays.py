@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["class_names", "describe", "device_kind", "device_name", "dtype_name", "is_array"]
+__all__ = ["class_names", "describe", "device_kind", "device_name", "dtype_name", "is_array", "overlap"]
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,3 +64,35 @@ def describe(value: object) -> str:
         return f"a {dtype_name(value)} array of shape {shape} on {device_name(value)} ({class_names(value)[0]})"
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def overlap(one: Any, other: Any) -> bool:
+    """Whether two matrices of the same dtype share an element's memory; False where an address is not told."""
+    here, there = _layout(one), _layout(other)
+    if here is None or there is None or device_name(one) != device_name(other):
+        return False
+    (a, pitch, width, end), (b, other_pitch, other_width, other_end) = here, there
+    if end <= b or other_end <= a:
+        return False
+    if pitch == other_pitch and max(width, other_width) <= pitch:  # columns of one larger matrix
+        return (b - a) % pitch < width or (a - b) % pitch < other_width
+    return True
+
+
+def _layout(array: Any) -> tuple[int, int, int, int] | None:
+    """Address of a matrix, bytes from row to row, bytes of a row, address behind it; None if none is told."""
+    item = BYTES.get(dtype_name(array))
+    if item is None or 0 in array.shape:
+        return None
+    told = getattr(array, "__array_interface__", None) if hasattr(array, "strides") else None
+    if told is not None:
+        address = told["data"][0]
+        pitch, step = array.strides
+    elif callable(getattr(array, "data_ptr", None)):
+        address, (pitch, step) = array.data_ptr(), (item * stride for stride in array.stride())
+    else:
+        return None
+    if pitch < 0 or step < 0 or not address:
+        return None
+    width = (array.shape[1] - 1) * step + item
+    return address, pitch, width, address + (array.shape[0] - 1) * pitch + width

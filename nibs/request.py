@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from nibs.arrays import BYTES, FLOATS, class_names, describe, device_kind, device_name, dtype_name, is_array
+from nibs.arrays import BYTES, FLOATS, class_names, describe, device_kind, device_name, dtype_name, is_array, overlap
 from nibs.errors import BackendUnavailable, InvalidInput
 from nibs.ring import Ring
 from nibs.spec import InfoNCE, Objective, Sigmoid
@@ -435,6 +435,13 @@ def _out(
                 f"shape {tuple(like.shape)} and dtype {dtype_name(like)} as {name}."
             )
         _plain(f"out['{name}']", array)
+        taken = {**inputs, **{f"out['{other}']": value for other, value in out.items() if other != name}}
+        for other, value in taken.items():
+            if overlap(array, value):
+                raise InvalidInput(
+                    f"out['{name}'] shares memory with {other}, which is read after it is written: "
+                    "expected memory of its own."
+                )
     return dict(out)
 
 

@@ -142,6 +142,29 @@ def test_what_cannot_be_is_named(name):
         nibs.contrastive_loss_and_grad(rows(1, 6), rows(2, 8), **options)
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_out_has_memory_of_its_own(framework):
+    """Gradients are written while rows are still read: what overlaps would be wrong without a word."""
+    whole, keys = rows(1, 20), rows(2, 8)
+    if framework == "torch":
+        torch = pytest.importorskip("torch")
+        whole, keys = torch.tensor(whole), torch.tensor(keys)
+    wide = whole[:16].reshape(8, 2 * D)
+    for queries, out, other in (
+        (whole[:8], {"queries": whole[:8]}, "queries"),
+        (whole[:8], {"queries": whole[7:15]}, "queries"),
+        (whole[:8], {"queries": keys}, "keys"),
+        (wide[:, :D], {"queries": wide[:, D // 2 : D // 2 + D]}, "queries"),
+        (whole[:8], {"queries": whole[8:16], "keys": whole[12:20]}, "out"),
+    ):
+        with pytest.raises(InvalidInput, match=rf"out\['queries'\] shares memory with {other}"):
+            nibs.contrastive_loss_and_grad(queries, keys, out=out)
+    want = nibs.contrastive_loss_and_grad(wide[:, :D], keys)[1].queries
+    out = wide[:, D:]  # the other columns of the same rows
+    nibs.contrastive_loss_and_grad(wide[:, :D], keys, out={"queries": out})
+    np.testing.assert_allclose(out, want, atol=1e-6)
+
+
 def test_out_belongs_to_the_call_that_returns_gradients():
     with pytest.raises(InvalidInput, match="Use contrastive_loss_and_grad"):
         nibs.contrastive_loss(rows(1, 6), rows(2, 8), out={})
