@@ -102,7 +102,15 @@ class DecoupledStep:
         ):
             if value not in choices:
                 raise InvalidInput(f"DecoupledStep({name}={value!r}): expected one of {', '.join(map(repr, choices))}.")
-        if tolerance is not None and not tolerance >= 0:
+        if loss is not None and not callable(loss):
+            raise InvalidInput(
+                f"DecoupledStep(loss=...) is {describe(loss)}: expected a function or a module, or None."
+            )
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise InvalidInput(
+                f"DecoupledStep(scaler=...) is {describe(scaler)}: expected a torch.amp.GradScaler, or None."
+            )
+        if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
             raise InvalidInput(f"DecoupledStep(tolerance={tolerance!r}): expected a number >= 0, or None.")
         self.encoders = encode_queries, encode_keys
         self.loss: Callable[..., Any] = ContrastiveLoss() if loss is None else loss
@@ -110,7 +118,7 @@ class DecoupledStep:
         self.offload, self.inputs, self.scaler = offload, inputs, scaler
         self.batch_norm, self.tolerance = batch_norm, tolerance
         self.modules = None if modules is None else list(modules)
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else _device(device)
         self.ring: Ring | None = _ring(ring if ring is not None else getattr(self.loss, "ring", None))
 
     def __call__(self, query_inputs: Any, key_inputs: Any = None, **per_call: Any) -> Any:
@@ -663,6 +671,17 @@ def _iterable(name: str, inputs: Any) -> Iterable[Any]:
             "micro-batches."
         )
     return inputs  # type: ignore[no-any-return]
+
+
+def _device(device: Any) -> torch.device:
+    """One that this PyTorch can compute on."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise InvalidInput(f"DecoupledStep(device={device!r}): PyTorch has no such device here ({why}).") from error
+    return found
 
 
 def _ring(handle: Any) -> Ring | None:

@@ -706,6 +706,10 @@ def test_only_grads_that_were_there_are_copied():
         ({"inputs": "twice"}, "inputs='twice'"),
         ({"batch_norm": "eval"}, "batch_norm='eval'.*'refuse', 'frozen', 'micro_batch'"),
         ({"tolerance": -1.0}, "tolerance=-1.0"),
+        ({"tolerance": "tight"}, "tolerance='tight'.*expected a number >= 0"),
+        ({"loss": 3}, r"loss=\.\.\.\) is 3.*expected a function or a module"),
+        ({"scaler": 2.0}, r"scaler=\.\.\.\) is 2.0.*expected a torch.amp.GradScaler"),
+        ({"device": "toaster"}, "device='toaster'.*PyTorch has no such device here"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options, message):
