@@ -13,6 +13,7 @@ Refused: a machine without a CUDA device, for there is nothing to say about it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import json
@@ -92,12 +93,33 @@ def inf_cl(objective: Any) -> Callable[..., Any]:
     flash = importlib.import_module("inf_cl").cal_flash_loss
 
     def loss(queries: Any, keys: Any, scale: Any) -> Any:
-        return (flash(queries, keys, scale=scale).mean() + flash(keys, queries, scale=scale).mean()) / 2
+        width = queries.shape[1]
+        head = 256 if width % 256 == 0 else width
+        rows = flash(queries, keys, scale=scale, head_dim=head).mean()
+        return (rows + flash(keys, queries, scale=scale, head_dim=head).mean()) / 2
 
     return loss
 
 
-PEERS = {"dense torch": dense, "nibs plain": plain, "inf-cl 1.2.1": inf_cl}
+def memeff(objective: Any) -> Callable[..., Any]:
+    """Memeff's loss; stable=False, or its gradient is not that of its loss. It has none of the scale."""
+    made = importlib.import_module("memeff").MemoryEfficientCLIPLoss
+    unscaled = made(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return lambda queries, keys, scale: unscaled(queries, keys)
+
+
+def siglip_kernel(objective: Any) -> Callable[..., Any]:
+    """siglip-kernel's fused loss by the kernel that it picks."""
+    fused = importlib.import_module("siglip_kernel").fused_siglip_loss
+    bias = torch.tensor(BIAS, device="cuda")
+    return lambda queries, keys, scale: fused(queries, keys, scale.log(), bias, backend="auto")
+
+
+BESIDE = {"dense torch": dense, "nibs plain": plain}
+PEERS = {
+    nibs.InfoNCE: {"inf-cl": inf_cl, "memeff": memeff},
+    nibs.Sigmoid: {"siglip-kernel": siglip_kernel},
+}
 
 
 # -- measuring ------------------------------------------------------------------------------------
@@ -144,7 +166,7 @@ def beyond(loss: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
-def errors(loss: Callable[..., Any], inputs: tuple[Any, ...], objective: Any) -> dict[str, float]:
+def errors(loss: Callable[..., Any], inputs: tuple[Any, ...], objective: Any) -> dict[str, float | None]:
     """Largest differences from float64: of the loss, of sampled query gradients, of the scale's gradient."""
     clear(*inputs)
     found = float(step(loss, *inputs).detach())
@@ -182,7 +204,7 @@ def errors(loss: Callable[..., Any], inputs: tuple[Any, ...], objective: Any) ->
     return {
         "loss": abs(found - float(total) / n),
         "queries": float((gradient - expected).abs().max() / expected.abs().max()),
-        "scale": abs(float(inputs[2].grad) - float(slope)),
+        "scale": None if inputs[2].grad is None else abs(float(inputs[2].grad) - float(slope)),
     }
 
 
@@ -207,6 +229,15 @@ def measured(name: str, make: Any, objective: Any, inputs: tuple[Any, ...], repe
     return row
 
 
+def versions() -> dict[str, str]:
+    """Of what was measured and is installed."""
+    found = {}
+    for name in ("torch", "triton", "nibs", "inf-cl", "memeff", "siglip-kernel"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,9 +252,7 @@ def main() -> None:
     for objective in (nibs.InfoNCE(), nibs.Sigmoid()):
         for d in options.d:
             inputs = batch(options.n, d)
-            contenders = {"nibs": ours, **PEERS}
-            if not isinstance(objective, nibs.InfoNCE):
-                del contenders["inf-cl 1.2.1"]
+            contenders = {"nibs": ours, **BESIDE, **PEERS[type(objective)]}
             for name, make in contenders.items():
                 rows.append(measured(name, make, objective, inputs, options.repeats))
                 print(json.dumps(rows[-1]), flush=True)
@@ -231,7 +260,7 @@ def main() -> None:
     report = {
         "machine": torch.cuda.get_device_name(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "triton", "nibs")},
+        "versions": versions(),
         "kernel": kernel,
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
