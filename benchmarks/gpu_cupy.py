@@ -41,7 +41,8 @@ def to_device(device: Cuda, values: Any) -> Any:
 
 
 def check(device: Cuda) -> None:
-    """Compare every fast kernel with plain NumPy."""
+    """Compare every fast kernel with plain NumPy; ends the program where one is wrong."""
+    wrong = 0
     random = np.random.default_rng(0)
     for family, name in kinds(device):
         kernels = FastKernels(device, name, family, processors=device.processors())
@@ -70,7 +71,10 @@ def check(device: Cuda) -> None:
             errors.append(np.abs(device.fetch(loss) - truth).max() / np.abs(truth).max())
             limits = (1e-5, 1e-5, 1e-5, 1e-5 if name == "tf32x3" else 2.0**-7, 1e-5)
             verdict = "right" if all(e <= limit for e, limit in zip(errors, limits, strict=True)) else "WRONG"
+            wrong += verdict == "WRONG"
             print(verdict, family, name, (n, m, d), "rows columns positive g sigmoid:", *(f"{e:.1e}" for e in errors))
+    if wrong:
+        raise SystemExit(f"{wrong} wrong: nothing is recorded or timed")
 
 
 def record(device: Cuda) -> None:

@@ -27,7 +27,7 @@ KINDS = {"cuda": {"cuda"}, "host": {"cpu"}}
 def capabilities(where: str) -> Capabilities:
     """What the kernels serve, there."""
     return Capabilities(
-        devices=frozenset(KINDS.get(where, ())),
+        devices=frozenset(KINDS.get(where, {"cuda", "cpu"})),  # an unknown name gets as far as `load`, which says so
         dtypes=frozenset({"float64", "float32", "bfloat16", "float16"}),
         objectives=frozenset({"InfoNCE", "Sigmoid"}),
         features=frozenset(

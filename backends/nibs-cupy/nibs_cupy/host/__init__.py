@@ -122,9 +122,14 @@ class Runner:
         name = f"{Path(file).stem}-{_hash([*command, file], {HERE, KERNELS, self.folder})}.so"
         command += ["-I", str(HERE), "-I", str(KERNELS), "-x", "c++", str(self.folder / file)]
         for folder in _caches():
-            if (folder / name).exists():
+            if _trusted(folder / name):
                 return folder / name
-        folder = next(folder for folder in _caches() if _writable(folder))
+        folder = next((folder for folder in _caches() if _writable(folder)), None)
+        if folder is None:
+            raise BackendUnavailable(
+                f"no folder for built kernels can be written (tried {', '.join(map(str, _caches()))}); "
+                "name one by XDG_CACHE_HOME"
+            )
         handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
@@ -191,6 +196,14 @@ def _caches() -> list[Path]:
     """Where built libraries may lie, the first choice first."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [HERE / "__pycache__", home / "nibs-cupy", Path(tempfile.gettempdir()) / f"nibs-cupy-{os.getuid()}"]
+
+
+def _trusted(library: Path) -> bool:
+    """Whether it is there, put there by us or by who installed this package: in a shared folder anybody might."""
+    try:
+        return library.stat().st_uid in (os.getuid(), HERE.stat().st_uid)
+    except OSError:
+        return False
 
 
 def _writable(folder: Path) -> bool:
