@@ -68,7 +68,7 @@ def assert_equal_to_the_bit(one: Any, other: Any) -> None:
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(launch, capture_output=True, text=True, timeout=280, env=environment)
 

@@ -25,7 +25,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def test_it_trains_on_uneven_shares_between_two_hosts() -> None:
     found = run(str(EXAMPLES / "two_hosts.sh"), *SMALL)
     if found.returncode == 77:  # no namespaces here: on one host, then
-        launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+        launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         found = run(*launch, str(EXAMPLES / "train_ring.py"), *SMALL)
     assert found.returncode == 0, found.stderr[-2000:]
     assert "step   2" in found.stdout
