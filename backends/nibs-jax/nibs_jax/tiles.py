@@ -35,7 +35,7 @@ PRECISION = {"default": None, "high": lax.Precision.HIGH, "highest": lax.Precisi
 
 
 class Rules(NamedTuple):
-    """The constants of one call that every tile needs, as in `nibs.schedule.Problem`; all but arrays are static."""
+    """The constants of one call that every tile needs, as in `nibs.verbs.Problem`; all but arrays are static."""
 
     softmax: bool
     rows: bool
@@ -76,7 +76,7 @@ class Tile(NamedTuple):
 
 
 class Lse(NamedTuple):
-    """Statistics of rows (or columns), each `[rows]`, None where not needed: see `nibs.schedule.Lse`."""
+    """Statistics of rows (or columns), each `[rows]`, None where not needed: see `nibs.verbs.Lse`."""
 
     mass: Any = None
     shift: Any = None
@@ -90,7 +90,7 @@ class Lse(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What turns a tile's logits into gradient weights, each `[rows]`: see `nibs.schedule.Weights`."""
+    """What turns a tile's logits into gradient weights, each `[rows]`: see `nibs.verbs.Weights`."""
 
     factor: Any
     shift: Any = None

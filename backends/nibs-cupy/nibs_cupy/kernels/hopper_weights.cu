@@ -12,31 +12,6 @@
 
 namespace nibs {
 
-struct WeightsArgs {
-    const u8* queries;
-    const u8* keys;
-    i64 slabs;
-    const float* scale;
-    Pairs pairs;
-    Side of_rows, of_columns;
-    Output out;
-};
-
-// bias: one float. factor [rows], or null: 1. loss_part, weight_part: see tile.cuh. g null: only the loss.
-struct SigmoidArgs {
-    const u8* queries;
-    const u8* keys;
-    i64 slabs;
-    const float* scale;
-    const float* bias;
-    Pairs pairs;
-    const float* factor;
-    float* loss_part;
-    float* weight_part;
-    float* positive;
-    Output out;
-};
-
 template <class Format>
 NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
     const float scale = not_zero(*args.scale * LOG2E), lift = *args.out.lift;

@@ -409,6 +409,32 @@ struct Output {
     float* product_part;
 };
 
+// What the weights and the sigmoid kernels of every family are given.
+struct WeightsArgs {
+    const u8* queries;
+    const u8* keys;
+    i64 slabs;
+    const float* scale;
+    Pairs pairs;
+    Side of_rows, of_columns;
+    Output out;
+};
+
+// bias: one float. factor [rows], or null: 1. loss_part, weight_part: see tile.cuh. g null: only the loss.
+struct SigmoidArgs {
+    const u8* queries;
+    const u8* keys;
+    i64 slabs;
+    const float* scale;
+    const float* bias;
+    Pairs pairs;
+    const float* factor;
+    float* loss_part;
+    float* weight_part;
+    float* positive;
+    Output out;
+};
+
 // Kernels that keep products and not logits must keep forbidden pairs at -infinity of the logit, whatever the scale's sign;
 // and a scale of 0 must not make NaN of them: then it is the smallest number instead, which no sum notices.
 NIBS_DEVICE float not_zero(float scale) { return scale == 0.0f ? 1.17549435e-38f : scale; }
