@@ -72,15 +72,14 @@ def show_backends(as_json: bool) -> None:
     if not found:
         click.echo("No backend is installed. Start with: pip install nibs-numpy")
         return
-    rows = [_status(status) for status in found]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="underline")
-    for column in ("name", "state", "distribution", "devices", "dtypes", "objectives", "arrays"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "state", "distribution", "arrays"))
-    for row in rows:
+    for column in ("name", "state", "from", "devices", "dtypes", "losses", "arrays"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "state"))
+    for row in map(_status, found):
         state = Text(row["state"], style="green" if row["state"] == "ready" else "red")
-        lists = (", ".join(row[column]) for column in ("devices", "dtypes", "objectives"))
-        where, arrays = row["distribution"].replace(" ", "\n"), "\n".join(row["arrays"])  # room for the rest at 80
-        table.add_row(Text(row["name"], style="bold"), state, where, *lists, arrays)
+        where = row["distribution"].replace(" ", "\n")
+        lists = ("\n".join(row[column]) for column in ("devices", "dtypes", "objectives"))  # a line each: 80 columns
+        table.add_row(Text(row["name"], style="bold"), state, where, *lists, "\n".join(_classes(row["arrays"])))
     console = Console(highlight=False)
     console.print(table)
     for status in found:
@@ -204,6 +203,11 @@ def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _classes(arrays: list[str]) -> list[str]:
+    """Names as people know them: `jaxlib.ArrayImpl`, whatever private module it lies in; each once."""
+    return list(dict.fromkeys(f"{name.partition('.')[0]}.{name.rpartition('.')[2]}" for name in arrays))
 
 
 def _status(status: Status) -> dict[str, Any]:

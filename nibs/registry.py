@@ -251,9 +251,10 @@ class Registry:
         return f"no backend named '{name}'. Here: {self.listing()}.{guess} 'nibs backends' shows all."
 
     def listing(self) -> str:
-        """`numpy, torch (ready); cupy (broken: ...)`."""
-        ready = [status.name for status in self.statuses() if status.state == "ready"]
-        broken = [f"{status.name} (broken: {status.reason})" for status in self.statuses() if status.state == "broken"]
+        """`numpy, torch (ready); cupy (broken: ...)`, for an error. Loads each: one that was not tried is neither."""
+        found = self.statuses(probe=True)
+        ready = [status.name for status in found if status.state == "ready"]
+        broken = [f"{status.name} (broken: {status.reason})" for status in found if status.state == "broken"]
         parts = [f"{', '.join(ready)} (ready)"] if ready else []
         return "; ".join(parts + broken) or "none"
 

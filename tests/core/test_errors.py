@@ -40,8 +40,7 @@ def test_each_error_is_also_the_builtin_that_a_caller_reaches_for(error, builtin
 
 def test_unknown_backend_lists_ready_and_broken_and_the_nearest_name(here, batch, refusal):
     here.add("torch")
-    here.add("cupy", load=lambda: 1 / 0)
-    nibs.registry.registry.statuses(probe=True)
+    here.add("cupy", load=lambda: 1 / 0)  # which nobody has tried before
 
     text = refusal(errors.UnknownBackend, nibs.contrastive_loss, batch.queries, batch.keys, backend="torhc")
 
