@@ -4,12 +4,17 @@
     PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py check        # fast kernels against plain NumPy
     PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py record       # kernels/vectors/, which tests replay
     PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py time         # milliseconds of each kernel, TFLOP/s
+    PYTHONPATH=.:backends/nibs-cupy:conformance python benchmarks/gpu_cupy.py rings     # by name only, see below
 
-Needs CuPy and an NVIDIA GPU from sm_80 on; the hopper family runs on compute capability 9.0 alone.
+Needs CuPy and an NVIDIA GPU from sm_80 on; the hopper family runs on compute capability 9.0 alone. `rings` runs the
+suite's ring level over the GPUs that are here, as threads (sizes 1 to 8, also on one GPU) and over NCCL (up to their
+number); it needs pytest too.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -148,8 +153,23 @@ def time(device: Cuda) -> None:
                 print(f"{family} {name} {what} {n} x {n} x {d}: {best:.3f} ms, {2e-9 * n * n * d / best:.0f} TFLOP/s")
 
 
+def rings(device: Cuda) -> None:
+    """Run the suite's ring level over both rings; ends the program where a test fails."""
+    here = device.cupy.cuda.runtime.getDeviceCount()
+    suite = ("pytest", "-q", "-p", "nibs_conformance.plugin", "--pyargs", "nibs_conformance.test_ring")
+    over_nccl = " or ".join(f"{size}-ranks" for size in (2, 3, 4, 8) if size <= here)
+    for world, chosen in (("devices", "ranks"), ("nccl", over_nccl)):
+        if not chosen:
+            print("over NCCL: not run, it takes a GPU for each rank and one is here")
+            continue
+        print(f"over {world}: {here} GPUs", flush=True)
+        settings = {"NIBS_CUPY_WORLD": world, "NIBS_PLUGINS": "nibs_cupy.plugin", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        command = [sys.executable, "-m", *suite, "--nibs-backend", "cupy", "-k", chosen]
+        subprocess.run(command, env={**os.environ, **settings}, check=True)
+
+
 if __name__ == "__main__":
-    steps = {"check": check, "record": record, "time": time}
+    steps = {"check": check, "record": record, "time": time, "rings": rings}
     gpu = Cuda()
-    for step in sys.argv[1:] or steps:
+    for step in sys.argv[1:] or ("check", "record", "time"):
         steps[step](gpu)

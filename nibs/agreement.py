@@ -60,6 +60,7 @@ def joining(ring: Ring) -> Iterator[None]:
     ring.owes = ring.calling = True
     try:
         yield
+        ring.settle()
     except RingError:
         raise
     except BaseException as error:

@@ -62,6 +62,12 @@ class Ring:
         """Every rank's words, in rank order; what exceeds `WORDS` bytes may be cut off."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """At the end of every call: return once all that was posted has come to its end, or raise RingError.
+
+        For rings whose `wait` only orders streams of a device: what a call returns must not hang on a lost peer.
+        """
+
     def __copy__(self) -> Ring:
         return self  # a ring is this process's place among others, and a copy would be in the same place
 

@@ -20,12 +20,12 @@ from typing import Any
 from nibs.errors import RingError
 from nibs.ring import Pending, Ring
 
-__all__ = ["ThreadRing", "run", "thread_rings"]
+__all__ = ["Square", "ThreadRing", "run", "run_ranks", "thread_rings"]
 
 TIMEOUT = 60.0
 
 
-class _Square:
+class Square:
     """Where the threads of one ring meet: everything posted, under one lock."""
 
     def __init__(self, size: int, timeout: float) -> None:
@@ -80,7 +80,7 @@ class _Hop:
 class ThreadRing(Ring):
     """One rank's end of a ring of threads; made by `thread_rings` or `run`."""
 
-    def __init__(self, square: _Square, rank: int) -> None:
+    def __init__(self, square: Square, rank: int) -> None:
         self.square, self.rank, self.size = square, rank, square.size
         self._shifts = self._meetings = 0
         self.sent = 0
@@ -114,7 +114,7 @@ class ThreadRing(Ring):
 
 def thread_rings(size: int, timeout: float = TIMEOUT) -> list[ThreadRing]:
     """The `size` ends of one ring, one for each thread. timeout: seconds that a rank waits for another."""
-    square = _Square(size, timeout)
+    square = Square(size, timeout)
     return [ThreadRing(square, rank) for rank in range(size)]
 
 
@@ -126,8 +126,14 @@ def run(
     A rank that raises ends the others with a RingError. Then, with errors=True, exceptions stand in
     the place of results; else the first that is no consequence of another is raised.
     """
-    rings = thread_rings(size, timeout)
-    results: list[Any] = [None] * size
+    return run_ranks(thread_rings(size, timeout), function, *arguments, errors=errors)
+
+
+def run_ranks(
+    rings: Sequence[ThreadRing], function: Callable[..., Any], *arguments: Any, errors: bool = False
+) -> list[Any]:
+    """`run` over rings that are there already, all the ends of one, in rank order."""
+    results: list[Any] = [None] * len(rings)
 
     def rank(ring: ThreadRing) -> None:
         try:

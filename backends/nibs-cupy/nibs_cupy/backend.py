@@ -19,6 +19,7 @@ from nibs.spec import Backend
 from nibs_cupy.device import Cuda, Host, open_device
 from nibs_cupy.fast import FAMILIES, why_not
 from nibs_cupy.fast_tiles import FastTiles
+from nibs_cupy.side import check_device
 from nibs_cupy.tiles import DTYPES, CupyTiles
 
 # One tile of weights; beside it the parts of statistics, 18 numbers for each 64 pairs at most, and their sums, which
@@ -46,18 +47,24 @@ class CupyBackend(Backend):
             raise InvalidInput(f"{KERNELS}={self.kernels!r}: expected general, {' or '.join(FAMILIES)}.")
 
     def loss(self, request: Request) -> Any:
-        with self.device.quiet():
+        with self.device.at(request.device), self.device.quiet():
             call = self._call(request, grad=False)
             loss = call.loss()
             return (loss, call.stats()) if request.stats else loss
 
     def loss_and_grad(self, request: Request) -> Any:
-        with self.device.quiet():
+        with self.device.at(request.device), self.device.quiet():
             call = self._call(request, grad=True)
             loss, gradients = call.loss_and_grad()
             return (loss, gradients, call.stats()) if request.stats else (loss, gradients)
 
+    def ring(self, handle: Any) -> Any:
+        from nibs_cupy.ring import as_ring
+
+        return as_ring(handle, self.device)
+
     def _call(self, request: Request, *, grad: bool) -> Call:
+        check_device(request.ring, request.device)
         ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
         size = ring.size if ring is not None else 1
         if not self._fast(request):

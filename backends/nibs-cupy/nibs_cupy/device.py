@@ -118,14 +118,16 @@ class Cuda:
 
     def product(self, a: Any, b: Any, precision: str) -> Any:
         """By cuBLAS. CUPY_TF32 may let it round float32 to TF32; `"highest"` does not."""
-        linear = self.cupy._core._routines_linalg
-        before = linear.get_compute_type(a.dtype)
-        if precision == "highest" and a.dtype == np.float32:
-            linear.set_compute_type(a.dtype, linear.COMPUTE_TYPE_FP32)
-        try:
+        if precision != "highest" or a.dtype != np.float32:
             return a @ b
-        finally:
-            linear.set_compute_type(a.dtype, before)
+        linear = self.cupy._core._routines_linalg
+        with self._lock:  # the setting is the process's, and ranks may be threads
+            before = linear.get_compute_type(a.dtype)
+            linear.set_compute_type(a.dtype, linear.COMPUTE_TYPE_FP32)
+            try:
+                return a @ b
+            finally:
+                linear.set_compute_type(a.dtype, before)
 
     def processors(self) -> int:
         return int(self.cupy.cuda.Device().attributes["MultiProcessorCount"])

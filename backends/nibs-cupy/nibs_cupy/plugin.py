@@ -22,6 +22,7 @@ INSTALL = {
 }
 ARRAYS = {"cuda": ("cupy.ndarray",), "host": ("numpy.ndarray", "numpy.generic", "cupy.ndarray")}
 KINDS = {"cuda": {"cuda"}, "host": {"cpu"}}
+COMMUNICATORS = ("cupy_backends.cuda.libs.nccl.NcclCommunicator", "cupyx.distributed._nccl_comm.NCCLBackend")
 
 
 def capabilities(where: str) -> Capabilities:
@@ -48,7 +49,7 @@ def capabilities(where: str) -> Capabilities:
                 "weights",
             }
         ),
-        collectives=frozenset({"nibs.ring.Ring"}),
+        collectives=frozenset({"nibs.ring.Ring", *(COMMUNICATORS if where == "cuda" else ())}),
     )
 
 
@@ -84,9 +85,9 @@ def nibs_conformance_memory(backend: str, device: str) -> Any:
 
 @hookimpl(optionalhook=True)
 def nibs_conformance_world(backend: str, size: int) -> Any:
-    """Ranks as threads, on one device."""
+    """Ranks as threads, on the CPU or over the GPUs, or over NCCL: as NIBS_CUPY_WORLD says."""
     if backend != "cupy":
         return None
-    from nibs_conformance.worlds import ThreadWorld
+    from nibs_cupy.world import world
 
-    return ThreadWorld(size)
+    return world(size, os.environ.get(VARIABLE) or "cuda")

@@ -17,6 +17,8 @@ from nibs_cupy.backend import CupyBackend
 from nibs_cupy.device import Host
 from nibs_cupy.plugin import capabilities
 
+sys.path.append(str(Path(__file__).parent))  # `stand_in`: pytest's importlib mode adds no folder
+
 NAME = "cupy-on-host"  # NIBS_CUPY_DEVICE was read when nibs first looked around, maybe by another test
 
 

@@ -1,0 +1,94 @@
+"""A stream beside the one that computes, and the events that order the two. What both rings of this package stand on.
+
+    behind()      what is posted on the side from now on comes after everything that this thread has computed so far
+    mark()        an event behind everything that has been posted on the side
+    before(e)     what this thread computes from now on comes after `e`
+
+The stream that computes is CuPy's current one, whichever that is at the moment of the call. None of these waits on the
+host. Arrays that are under way on the side must be held until the computing stream comes after them: CuPy's memory
+pool orders what it hands out by one stream alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from nibs.errors import InvalidInput
+from nibs_cupy.device import Cuda
+
+__all__ = ["Parcel", "Side", "check_device"]
+
+
+def check_device(ring: Any, device: str) -> None:
+    """Raise InvalidInput where a rank's arrays are not on the device of its end of the ring."""
+    side = getattr(ring, "side", None)
+    if side is not None and device.partition(":")[2] not in ("", str(side.number)):
+        raise InvalidInput(
+            f"queries are on {device}, and rank {ring.rank} of this ring is on cuda:{side.number}: "
+            f"make its arrays under cupy.cuda.Device({side.number})."
+        )
+
+
+class Side:
+    """The side stream of one device. number: the device's."""
+
+    def __init__(self, device: Cuda, number: int) -> None:
+        self.device, self.number, self.cuda = device, number, device.cupy.cuda
+        with self.here():
+            self.stream = self.cuda.Stream(non_blocking=True)  # the legacy default stream would wait for any other kind
+
+    def here(self) -> AbstractContextManager[Any]:
+        """Within it, this thread's device is this one: events and arrays are made there."""
+        current: AbstractContextManager[Any] = self.cuda.Device(self.number)
+        return current
+
+    def computed(self) -> Any:
+        """An event behind everything that this thread has computed so far."""
+        event = self.cuda.Event(disable_timing=True)
+        event.record(self.cuda.get_current_stream())
+        return event
+
+    def behind(self) -> None:
+        self.stream.wait_event(self.computed())
+
+    def mark(self) -> Any:
+        event = self.cuda.Event(disable_timing=True)
+        event.record(self.stream)
+        return event
+
+    def before(self, event: Any) -> None:
+        self.cuda.get_current_stream().wait_event(event)
+
+
+class Parcel:
+    """What one hop sends and where it puts what arrives, both as packed bytes; made by the thread that computes.
+
+    into: as in `nibs.ring.Ring.shift`.
+    """
+
+    def __init__(self, side: Side, arrays: Sequence[Any], into: Sequence[Any] | None) -> None:
+        xp, self.side = side.device.xp, side
+        if into is None:
+            into = [xp.empty(array.shape, array.dtype) for array in arrays]
+        self.into = tuple(into)
+        self.outgoing = [xp.ascontiguousarray(array) for array in arrays]
+        self.incoming = [one if one.flags.c_contiguous else xp.empty(one.shape, one.dtype) for one in into]
+
+    def sends(self) -> list[tuple[int, int]]:
+        """Address and bytes of each array that has any."""
+        return self._places(self.outgoing)
+
+    def receives(self) -> list[tuple[int, int]]:
+        return self._places(self.incoming)
+
+    def unpack(self) -> tuple[Any, ...]:
+        """What has arrived, where it was wanted; for the stream that computes, which comes after it by now."""
+        for here, there in zip(self.into, self.incoming, strict=True):
+            if here is not there:
+                here[...] = there
+        return self.into
+
+    def _places(self, arrays: Sequence[Any]) -> list[tuple[int, int]]:
+        return [(self.side.device.address(array), array.nbytes) for array in arrays if array.nbytes]
