@@ -8,8 +8,9 @@
 
     python examples/diagnostics.py out/small out/large --data emoji --gradients 64 256 1024
 
-reads runs of examples/train.py, prints a table, and draws diagnostics.png into `--output`. Every function takes plain
-tensors, and none builds a matrix of all pairs at once.
+reads runs of examples/train.py, prints a table, and draws diagnostics.png into `--output`; `--record` writes every
+figure as JSON, each run's steps among them. Every function takes plain tensors, and none builds a matrix of all pairs
+at once.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+NOISE = "gradient noise at "
 STRIP = 1024  # rows compared with all others at once
 
 
@@ -148,6 +151,27 @@ def figures_of(queries: Tensor, keys: Tensor, scale: float) -> dict[str, float]:
     }
 
 
+def recorded(
+    runs: dict[str, list[StepFigures]], noise: dict[str, dict[int, GradientNoise]], found: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Lay out what was found, run by run, for JSON: which has no infinity, so a ratio without a signal is null there.
+
+    Steps are lists, a number for each step, under the names of StepFigures.
+    """
+    names = [field.name for field in fields(StepFigures)]
+    return {
+        run: {
+            "figures": {name: value for name, value in found[run].items() if not name.startswith(NOISE)},
+            "gradient noise": {
+                size: {name: value if math.isfinite(value) else None for name, value in asdict(one).items()}
+                for size, one in noise.get(run, {}).items()
+            },
+            "steps": {name: [float(f"{getattr(one, name):.6g}") for one in runs[run]] for name in names},
+        }
+        for run in found
+    }
+
+
 def draw(path: Path, runs: dict[str, list[StepFigures]], noise: dict[str, dict[int, GradientNoise]]) -> None:
     """Draw temperature, cosines and the positive's share over the steps, and gradient noise over the batch."""
     import matplotlib
@@ -179,19 +203,21 @@ def draw(path: Path, runs: dict[str, list[StepFigures]], noise: dict[str, dict[i
 def main() -> None:
     """Read runs of train.py, print their figures, draw their steps."""
     from tasks import make_task
-    from train import split
+    from train import machine, split
 
     parser = argparse.ArgumentParser(description="Figures of trained runs: embeddings, gradients, steps.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders that examples/train.py wrote")
     parser.add_argument("--data", choices=("emoji", "fashion", "text"), required=True)
     parser.add_argument("--data-path", type=Path)
     parser.add_argument("--pairs", type=int)
+    parser.add_argument("--frozen", action="store_true", help="runs of --frozen (text)")
     parser.add_argument("--rows", type=int, default=2000, help="pairs whose embeddings are looked at (default: 2000)")
     parser.add_argument(
         "--gradients", type=int, nargs="*", default=[], help="batches to measure the gradient's noise at"
     )
     parser.add_argument("--repeats", type=int, default=8, help="gradients of each batch (default: 8)")
     parser.add_argument("--output", type=Path, default=Path("out"))
+    parser.add_argument("--record", type=Path, help="a file for the figures (.json)")
     options = parser.parse_args()
     options.seed = 0
     task = make_task(options)
@@ -201,7 +227,7 @@ def main() -> None:
     for folder in options.runs:
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         steps[folder.name] = [step_figures(one, one["scale"]) for one in map(json.loads, lines)]
-        task.model.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["model"])
+        task.model.load_state_dict(torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["model"])
         task.model.eval()
         torch.manual_seed(0)
         rows = torch.arange(min(options.rows, task.pairs))
@@ -223,13 +249,19 @@ def main() -> None:
             for size in options.gradients
         }
         task.model.train()
-        found[folder.name] |= {f"gradient noise at {size}": one.ratio for size, one in noise[folder.name].items()}
+        found[folder.name] |= {f"{NOISE}{size}": one.ratio for size, one in noise[folder.name].items()}
     print("| | " + " | ".join(found) + " |\n| --- |" + " ---: |" * len(found))
     for name in next(iter(found.values())):
         print(f"| {name} | " + " | ".join(f"{figures[name]:.3g}" for figures in found.values()) + " |")
     options.output.mkdir(parents=True, exist_ok=True)
     draw(options.output / "diagnostics.png", steps, noise)
     print(options.output / "diagnostics.png")
+    if options.record:
+        ran = {**machine(), "command": " ".join(["python", "examples/diagnostics.py", *sys.argv[1:]])}
+        written = {"machine": ran, "data": options.data, "rows": len(rows), "repeats": options.repeats}
+        written["runs"] = recorded(steps, noise, found)
+        options.record.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        print(f"written: {options.record}")
 
 
 if __name__ == "__main__":

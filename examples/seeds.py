@@ -32,13 +32,15 @@ def budgets(batches: list[str], epochs: list[float], steps: list[int]) -> list[t
 
 def run_once(options: argparse.Namespace, batch: str, length: list[str], seed: int) -> dict[str, Any]:
     """Train, or read what an earlier run of this very command left."""
-    folder = options.output / "-".join([options.data, batch, *(word.strip("-") for word in length), f"seed{seed}"])
+    kind = options.data + "-frozen" * options.frozen
+    folder = options.output / "-".join([kind, batch, *(word.strip("-") for word in length), f"seed{seed}"])
     settings = ["--data", options.data, "--batch", batch, *length, "--seed", str(seed)]
     settings += ["--micro-batch", str(options.micro_batch)]
     for name in ("pairs", "data_path", "rate"):
         value = getattr(options, name)
         if value is not None:
             settings += [f"--{name.replace('_', '-')}", str(value)]
+    settings += ["--frozen"] * options.frozen
     result = folder / "result.json"
     command = " ".join(["python", "examples/train.py", *settings])
     if result.exists():
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("emoji", "fashion", "text"), default="emoji")
     parser.add_argument("--data-path", type=Path)
     parser.add_argument("--pairs", type=int)
+    parser.add_argument("--frozen", action="store_true", help="text: train heads on MiniLM's embeddings, not MiniLM")
     parser.add_argument("--rate", type=float, help="of every batch (default: by the root of the batch)")
     parser.add_argument("--batches", nargs="+", default=["64", "256", "1024", "all"])
     parser.add_argument("--epochs", type=float, nargs="*", default=[12])

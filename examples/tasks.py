@@ -53,6 +53,6 @@ def make_task(options: argparse.Namespace) -> Task:
         from fashion_task import FashionTask
 
         return FashionTask(options.data_path, options.pairs)
-    from text_task import TextTask
+    from text_task import FrozenTask, TextTask
 
-    return TextTask(options.data_path, options.pairs)
+    return (FrozenTask if options.frozen else TextTask)(options.data_path, options.pairs)

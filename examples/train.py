@@ -4,6 +4,7 @@
     python examples/train.py --data emoji --batch all --micro-batch 256        every pair in one batch, 256 held at once
     python examples/train.py --data fashion --batch 4096 --micro-batch 512     SimCLR's views, judged by a linear layer
     python examples/train.py --data text --batch 1024 --micro-batch 64         German and English phrases, a MiniLM
+    python examples/train.py --data text --frozen --batch all                  the same, MiniLM frozen and run once
     torchrun --nproc-per-node 4 examples/train.py --data emoji --batch all     one batch over four processes
 
 A batch above `--micro-batch` goes through `nibs_torch.DecoupledStep`: the same gradients, one more forward, and the
@@ -68,6 +69,8 @@ class Trainer:
 
     def __init__(self, task: Task, options: argparse.Namespace, group: Any = None) -> None:
         self.task, self.options = task, options
+        self.device = torch.device(options.device)
+        task.model.to(self.device)
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         self.batch = min(task.pairs, task.pairs if options.batch == EVERYTHING else int(options.batch))
         # The tail of an epoch that does not fill a batch is left out; every epoch has another tail.
@@ -128,8 +131,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_rate"] * share
         self.optimizer.zero_grad()
-        inputs = self.task.inputs(self.rows)
-        loss = self.decoupled_step(*inputs) if self.decoupled else self.plain_step(*inputs)
+        inputs = self.task.inputs(self.rows)  # on the CPU: a decoupled step takes one micro-batch after the other
+        loss = self.decoupled_step(*inputs) if self.decoupled else self.plain_step(*placed(inputs, self.device))
         self.optimizer.step()
         self.done += 1
         return Seen(
@@ -159,7 +162,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Go back to a checkpoint, which must be of this very run."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         options = {name: value for name, value in vars(self.options).items() if name not in FREE}
         for name, value in [*state["options"].items(), ("processes", state["size"])]:
             here = {**options, "processes": self.size}.get(name)
@@ -171,6 +174,15 @@ class Trainer:
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["step"]
+
+
+def placed(inputs: Any, device: torch.device) -> Any:
+    """Return tensors, and tuples and dicts of them, on the device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: one.to(device) for name, one in inputs.items()}
+    return tuple(placed(one, device) for one in inputs)
 
 
 def split(encoded: Any) -> tuple[Tensor, Any]:
@@ -236,6 +248,7 @@ def run(options: argparse.Namespace, group: Any = None) -> dict[str, Any]:
             print(f"stopped after {trainer.done} of {trainer.steps} steps, as asked")
         return result
     if first:
+        task.model.to("cpu")  # judging is on the CPU, wherever it was trained
         result["found"] = task.evaluate()
         (options.output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         for name, share in result["found"].items():
@@ -268,12 +281,14 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--data", choices=("emoji", "fashion", "text"), required=True)
     words.add_argument("--data-path", type=Path, help="where fashion or text lies, if not where Debian puts it")
     words.add_argument("--pairs", type=int, help="train on the first so many pairs only (default: all)")
+    words.add_argument("--frozen", action="store_true", help="text: train heads on MiniLM's embeddings, not MiniLM")
     words.add_argument("--batch", default="256", help="pairs that the loss sees at once, or 'all' (default: 256)")
     words.add_argument("--micro-batch", type=int, default=256, help="pairs held at once with a graph (default: 256)")
     words.add_argument("--epochs", type=float, default=10, help="(default: 10)")
     words.add_argument("--steps", type=int, help="in the place of --epochs")
     words.add_argument("--rate", type=float, help="learning rate (default: the task's, by the root of the batch)")
     words.add_argument("--backend", help="of nibs, any that trains (default: the owner of the tensors)")
+    words.add_argument("--device", default="cpu", help="'cuda' under torchrun: one for each process (default: cpu)")
     words.add_argument("--seed", type=int, default=0, help="of parameters, order, dropout and views (default: 0)")
     words.add_argument("--output", type=Path, default=Path("out/train"), help="folder (default: out/train)")
     words.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: at the end alone (default)")
@@ -285,8 +300,15 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace, words: argparse.ArgumentParser) -> None:
     """Refuse what cannot be meant."""
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        words.error(f"--device {options.device}: expected one that PyTorch has here ({why})")
     if options.batch != EVERYTHING and not (options.batch.isdigit() and int(options.batch) >= 2):
         words.error(f"--batch {options.batch}: expected a number of pairs from 2, or '{EVERYTHING}'")
+    if options.frozen and options.data != "text":
+        words.error(f"--frozen with --data {options.data}: expected text, whose encoder was trained before")
     for name in ("pairs", "micro_batch", "steps", "stop_after", "rate", "epochs"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -299,8 +321,10 @@ def main() -> int:
     options = words.parse_args()
     check(options, words)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if several:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         run(options, dist.group.WORLD if several else None)
     except nibs.errors.NibsError as error:

@@ -83,8 +83,6 @@ class Capabilities:
                 return f"it lacks {FEATURES[feature]} ('{feature}')"
         if request.ring is not None and not self.takes_ring(request.ring):
             return f"it rings over {_list(self.collectives)}, not over {type(request.ring).__name__}"
-        if request.streams and getattr(request.ring, "size", 1) > 1:
-            return "it fetches with device= and out= on one device, not on a ring: move the shard to its device"
         return None
 
     def takes_ring(self, ring: object) -> bool:

@@ -343,12 +343,13 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
     if gradients:
         # A tile's share of a gradient before it is added, or a strip times its operand for the scale's gradient.
         operands += max(rows, columns) * d * a * (copied + copies)
-    if gradients and job.half and not job.hold:
-        # The strip that is rounded as it closes.
+    if gradients and (job.streams or (job.half and not job.hold)):
+        # The strip that is rounded, or sent home, as it closes.
         operands += max(rows, columns) * d * a
-    if job.streams and device_kind(job.device) != "cpu":
-        # Strips on their way to the device, two for each side in turn.
-        operands += 2 * (rows + columns) * d * b
+    away = job.streams and device_kind(job.device) != "cpu"
+    if away:
+        # Strips on their way to the device, two for each side in turn; on a ring those of a gradient, too.
+        operands += 2 * (rows + columns) * d * b + (2 * max(rows, columns) * d * a if size > 1 and gradients else 0)
     # Kept tiles: logits, and for each direction which pairs are allowed.
     each = a + (2 if job.masked else 0)
     kept = {"keep": n * m * each, "strip": (n * columns if job.by_columns else rows * m) * each}.get(sweep, 0)
@@ -366,8 +367,12 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
     ring_bytes = 0
     if size > 1:
         passes = 1 if sweep == "forward" or not job.softmax else 2
-        # Two sets of buffers, in turn: keys on their way, and their gradient or statistics.
-        linear += 2 * m * d * b + (2 * m * d * a if job.keys else 0)
+        if not away:
+            # Two sets of buffers, in turn: keys on their way, and their gradient or statistics.
+            linear += 2 * m * d * b + (2 * m * d * a if job.keys else 0)
+        if job.streams and not away:
+            # What gathers beside the arrays that the gradients leave in.
+            linear += a * d * (n * job.queries + m * job.keys)
         ring_bytes = m * d * (passes * (size - 1) * b + (size * a if job.keys else 0))
     walks = products
     traffic = walks * ((-(-n // max(rows, 1))) * m * d * b + n * d * b) * size

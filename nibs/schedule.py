@@ -31,7 +31,7 @@ from nibs.request import Request
 from nibs.ring import Ring, Solo
 from nibs.spec import Gradients, InfoNCE, Stats
 from nibs.travel import Keys, Trail, rotate
-from nibs.verbs import Lse, Problem, Tile, Tiles, Weights
+from nibs.verbs import Lse, Problem, Tile, Tiles, Weights, is_away, like
 
 __all__ = ["Call"]
 
@@ -43,49 +43,51 @@ class Sink:
 
     Whole: one accumulator for the side, scaled and rounded when the pass is over. In strips: one
     strip's accumulator, rounded into the output as the strip closes; then the factor must be known.
-    out: an array to be the output, wherever it lies; only in strips.
+    out: an array to be the output, wherever it lies.
     """
 
     def __init__(
         self, call: Call, rows: Any, mask: Any, *, strips: bool, product: bool, travels: bool = False, out: Any = None
     ) -> None:
         self.call, self.rows, self.mask, self.product = call, rows, mask, product
-        self.strips = strips
+        self.strips, self.out = strips, out
         size, width = rows.shape
-        tiles = call.tiles
-        if travels:
-            self.out: Any = None  # it comes home, see `Call._visit_all`
-        elif out is not None:
-            self.out = out
-        else:
-            early = strips and call.rounds
-            self.out = tiles.empty((size, width), call.request.dtype) if early else tiles.zeros(size, width)
+        if strips and out is None:
+            tiles = call.tiles
+            self.out = tiles.empty((size, width), call.request.dtype) if call.rounds else tiles.zeros(size, width)
+        self.whole: Share | None = None  # what travels comes home, see `Call._visit_all`
+        if not strips and not travels:
+            self.whole = Share(call, rows, accumulator(call, rows, size))
         self.strip: Any = None
 
     def at(self, where: slice) -> Any:
         """The accumulator rows for `where`."""
-        if not self.strips:
-            return self.out[where]
+        if self.whole is not None:
+            return self.whole.at(where)
         if self.strip is None:
             self.strip = self.call.tiles.zeros(where.stop - where.start, self.rows.shape[1])
         return self.strip
 
     def close(self, where: slice) -> None:
         """A strip is complete: scale, round, store."""
-        if self.strips:
+        if self.whole is not None:
+            self.whole.close(where)
+        else:
             self.out[where] = self._scaled(self.at(where), where)
             self.strip = None
 
     def finish(self) -> Any:
         """The gradient: in the accumulation dtype where the call holds it, else in the input's."""
-        if self.strips:
+        if self.whole is None:
             return self.out
-        call, size = self.call, self.rows.shape[0]
-        rounds = call.rounds
-        out = call.tiles.empty(tuple(self.out.shape), call.request.dtype) if rounds else self.out
-        for where in strips(size, call.plan.query_tile):
-            part = self._scaled(self.out[where], where)
-            if rounds:
+        call, whole = self.call, self.whole.array
+        out = self.out
+        if out is None:
+            out = call.tiles.empty(tuple(whole.shape), call.request.dtype) if call.rounds else whole
+        here = like(self.rows, whole)
+        for where in strips(self.rows.shape[0], call.plan.query_tile):
+            part = self._scaled(here[where], where)
+            if out is not whole:
                 out[where] = part
         return out
 
@@ -100,6 +102,36 @@ class Sink:
         if mask is not None:
             part[~mask] = 0  # absent rows stay exactly 0, also beside NaN
         return part
+
+
+class Share:
+    """A gradient `[rows, d]` that gathers for longer than a strip: over the ring, or over both loops.
+
+    rows: whose gradient it is, or of the same kind. Where they lie away from the device, so does the
+    array: then a strip gathers on the device, and is added to it as it closes.
+    """
+
+    def __init__(self, call: Call, rows: Any, array: Any) -> None:
+        self.call, self.rows, self.array = call, rows, array
+        self.away = is_away(rows)
+        self.strip: Any = None
+
+    def at(self, where: slice) -> Any:
+        if not self.away:
+            return self.array[where]
+        if self.strip is None:
+            self.strip = self.call.tiles.zeros(where.stop - where.start, self.rows.shape[1])
+        return self.strip
+
+    def close(self, where: slice) -> None:
+        if self.away:
+            self.rows.add(self.array, where, self.at(where))
+            self.strip = None
+
+
+def accumulator(call: Call, rows: Any, size: int) -> Any:
+    """`[size, d]` of zeros in the accumulation dtype, where `rows` lie."""
+    return rows.zeros(size) if is_away(rows) else call.tiles.zeros(size, rows.shape[1])
 
 
 def strips(size: int, step: int) -> list[slice]:
@@ -629,21 +661,22 @@ class Call:
         """Visit every shard of keys; their gradient gathers as they travel and comes home with them."""
         onto, sizes = sinks[1], self.shards.keys
         travels = self.ring.size > 1 and onto is not None
-        trail = Trail(self.ring, sizes, lambda rows: [self.tiles.zeros(rows, self.request.d)], _clear_first, _add_first)
+        trail = Trail(self.ring, sizes, lambda size: [accumulator(self, mine.rows, size)], _clear_first, _add_first)
         for keys, home in rotate(self.ring, sizes, mine, self._room):
             visit(keys, home, trail.share()[0] if travels else None)
             if travels:
                 trail.hand_on()
         self._held.clear()
         if travels and onto is not None:
-            (onto.out,) = trail.home()
-            if not self.rounds and max(sizes) > self.request.m:
-                onto.out = onto.out + 0  # a copy: the largest shard's array shall not live on in a small gradient
+            (array,) = trail.home()
+            if not self.rounds and onto.out is None and max(sizes) > self.request.m:
+                array = array + 0  # a copy: the largest shard's array shall not live on in a small gradient
+            onto.whole = Share(self, mine.rows, array)
 
     def _sides(self, sinks: tuple[Sink | None, Sink | None], share: Any) -> list[tuple[Any, Any, bool]]:
         """The walks of one visit: where queries and keys gather, and whether the outer loop walks the keys."""
         into, onto = sinks
-        target = onto if share is None else _Share(share)
+        target = onto if share is None else Share(self, self.keys.rows, share)
         if self.plan.sweep == "split":
             walks = [(into, None, False)] if into is not None else []
             return walks + ([(None, target, True)] if onto is not None else [])
@@ -747,19 +780,6 @@ class Call:
         some = (lse.mass > 0) | (lse.mass != lse.mass)
         log = xp.log(xp.where(some, lse.mass, tiles.scalar(1.0)))
         return xp.where(some, lse.shift + log, tiles.scalar(-INFINITY))
-
-
-class _Share:
-    """A visiting shard's gradient share, in the place of a sink."""
-
-    def __init__(self, out: Any) -> None:
-        self.out = out
-
-    def at(self, where: slice) -> Any:
-        return self.out[where]
-
-    def close(self, where: slice) -> None:
-        """Nothing to round: it travels on."""
 
 
 def _clear_first(share: list[Any]) -> None:

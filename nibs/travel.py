@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from nibs.ring import Ring
-from nibs.verbs import Weights
+from nibs.verbs import Weights, is_away, like
 
 __all__ = ["Keys", "Trail", "origin", "rotate"]
 
 
 @dataclass(slots=True)
 class Keys:
-    """A shard of keys on its way round the ring, with what belongs to it. rows `[m, d]`, the rest `[m]`."""
+    """A shard of keys on its way round the ring, with what belongs to it. rows `[m, d]`, the rest `[m]`.
+
+    Rows that lie away from the device (`nibs.verbs.Away`) travel from where they lie to where they lie.
+    """
 
     rows: Any
     ids: Any = None
@@ -26,7 +29,7 @@ class Keys:
         """The arrays that are there, in a fixed order: every rank has the same ones."""
         weights = self.weights or Weights(None)
         every = (
-            self.rows,
+            self.rows.kept if is_away(self.rows) else self.rows,
             self.ids,
             self.mask,
             self.limit,
@@ -44,7 +47,8 @@ class Keys:
         def take(mine: Any) -> Any:
             return None if mine is None else next(left)
 
-        rows, ids, mask, limit = take(self.rows), take(self.ids), take(self.mask), take(self.limit)
+        rows = like(self.rows, take(self.rows))
+        ids, mask, limit = take(self.ids), take(self.mask), take(self.limit)
         if self.weights is None:
             return Keys(rows, ids, mask, limit)
         mine = self.weights

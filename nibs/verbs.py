@@ -140,6 +140,42 @@ class Weights:
         return Weights(*[None if value is None else value[where] for value in values])
 
 
+class Away(Protocol):
+    """Rows `[n, d]` that lie away from the device, in the place of an array; for backends that stream.
+
+    Slices and indices give arrays on the device. Where a call gathers a gradient for longer than a strip,
+    on a ring, it gathers beside the rows.
+    """
+
+    shape: tuple[int, ...]
+    kept: Any
+    """The array itself, where it lies: what a ring sends."""
+
+    def __getitem__(self, where: Any) -> Any: ...
+
+    def over(self, array: Any) -> Away:
+        """Another array that lies there, as these rows are."""
+        ...
+
+    def zeros(self, size: int) -> Any:
+        """An array there, `[size, d]` in the accumulation dtype."""
+        ...
+
+    def add(self, array: Any, where: slice, part: Any) -> None:
+        """Add `part`, on the device, to the rows `where` of an array there; `part` may be reused afterwards."""
+        ...
+
+
+def is_away(rows: Any) -> bool:
+    """Whether these rows are an `Away`."""
+    return hasattr(rows, "kept")
+
+
+def like(rows: Any, array: Any) -> Any:
+    """An array that lies where `rows` do, to be sliced as they are."""
+    return rows.over(array) if is_away(rows) else array
+
+
 class Tiles(Protocol):
     """What an eager backend supplies.
 

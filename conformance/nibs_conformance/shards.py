@@ -165,7 +165,8 @@ def solve_shard(
 ) -> Share:
     """This rank's part of a call. options: those of nibs; or, of ours:
 
-    tiles: `(rows, columns)` of an explicit plan; rank r adds r to both, for plans may differ.
+    tiles: `(rows, columns)` of an explicit plan; rank r adds r to both, for plans may differ. host: the
+    rows stay in host memory and are fetched.
     scalars: how scale and bias are handed over. pull: differentiate by the framework, with the shard's
     upstream (or 1). scales: one scale for each rank.
     """
@@ -175,6 +176,10 @@ def solve_shard(
         problem = replace(problem, scale=options.pop("scales")[rank])
     arguments = subject.arguments(problem, dtype, scalars=options.pop("scalars", "float"))
     arguments.update(subject.finest(dtype))
+    if options.pop("host", False):
+        for side in ("queries", "keys"):
+            arguments[side] = subject.backend.asarray(subject.backend.detach(arguments[side]), device="cpu")
+        arguments["device"] = device
     arguments.update(ring=ring, **options)
     if tiles is not None:
         arguments["plan"] = nibs.plan(

@@ -253,6 +253,21 @@ def test_ranks_may_plan_differently(
         judge.gradient(name, whole[name], truth(case, dtype), subject.budget(case, dtype), problem)
 
 
+@pytest.mark.parametrize("size", (2, 3), ids=lambda size: f"{size}-ranks")
+@dtypes("float32", "bfloat16")
+@only(lambda case: case.name in ("symmetric", "key-to-query", "sigmoid", "everything-symmetric", "margin-symmetric"))
+def test_shards_in_host_memory_travel_and_are_fetched(
+    subject: Subject, case: Case, dtype: str, size: int, split: Any, judge: Judge, served: Any, claimed: Any, rings: Any
+) -> None:
+    claimed("streaming")
+    problem = case.problem(dtype)
+    served(problem, dtype)
+    whole = assemble(deal(problem, split), problem, rings.solve(subject, case, dtype, split, tiles=(3, 5), host=True))
+    judge.close("loss", whole["loss"], truth(case, dtype).loss, subject.budget(case, dtype).loss)
+    for name in INPUTS:
+        judge.gradient(name, whole[name], truth(case, dtype), subject.budget(case, dtype), problem)
+
+
 # -- what a wrapper does to gradients ----------------------------------------------------------------
 
 

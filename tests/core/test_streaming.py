@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import nibs
-from nibs.errors import InvalidInput, Unsupported
+from nibs.errors import InvalidInput
 
 N, M, D = 192, 12_288, 96
 
@@ -174,12 +174,28 @@ def test_out_belongs_to_the_call_that_returns_gradients():
         nibs.contrastive_loss(rows(1, 6), rows(2, 8), out={})
 
 
-def test_a_ring_streams_nothing():
+@pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.Sigmoid()], ids=str)
+def test_shards_in_files_go_round_a_ring(tmp_path, objective):
     from nibs.threads import run
 
-    def rank(ring):
-        return nibs.contrastive_loss_and_grad(rows(1, 6), rows(2, 8), ring=ring, device="cpu")
+    sizes = (9, 0, 14)
+    shards = [
+        (mapped(tmp_path, f"q{i}", rows(i, n)), rows(9 + i, n)) if n else (rows(i, n),) * 2 for i, n in enumerate(sizes)
+    ]
+    call = {"scale": 2.0, "objective": objective}
 
-    for error in run(2, rank, errors=True):
-        assert isinstance(error, (Unsupported, nibs.errors.RingError))
-        assert "on one device, not on a ring" in str(error)
+    def rank(ring):
+        queries, keys = shards[ring.rank]
+        out = {"keys": np.full(keys.shape, np.nan, np.float32)}
+        loss, found = nibs.contrastive_loss_and_grad(queries, keys, ring=ring, device="cpu", out=out, **call)
+        assert found.keys is out["keys"]
+        return loss, found.queries, found.keys
+
+    queries, keys = (np.concatenate([np.array(pair[side]) for pair in shards]) for side in (0, 1))
+    want, truth = nibs.contrastive_loss_and_grad(queries, keys, **call)
+    found = run(len(sizes), rank)
+    for loss, _, _ in found:
+        assert abs(loss - want) <= 8 * 2.0**-24 * abs(want)
+    for side, name in ((1, "queries"), (2, "keys")):
+        gradient = np.concatenate([one[side] for one in found])
+        assert np.abs(gradient - getattr(truth, name)).max() <= 64 * 2.0**-24 * np.abs(getattr(truth, name)).max()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from diagnostics import (
     gradient_noise,
     gradients_of,
     hardest_negative_share,
+    recorded,
     step_figures,
     uniformity,
 )
@@ -112,6 +115,18 @@ def test_a_step_agrees_with_the_loss_itself() -> None:
     found = step_figures(stats, 5.0)
     assert found.positive_share == pytest.approx(math.exp(-loss.item()), rel=1e-5)
     assert found.positive == pytest.approx((rows * keys).sum(1).mean().item(), abs=1e-5)
+
+
+def test_what_is_recorded_is_json_without_infinities() -> None:
+    line = {"mean_positive": 6.0, "mean_negative": 1.0, "hardest_negative": 8.0, "mean_lse": 7.0, "top1": 0.25}
+    steps = {"run": [step_figures(line, scale) for scale in (10.0, 11.0)]}
+    found = {"run": {"alignment": 0.5, "gradient noise at 64": math.inf}}
+    text = json.dumps(recorded(steps, {"run": {64: GradientNoise(-1.0, 2.0, math.inf)}}, found), allow_nan=False)
+    one = json.loads(text)["run"]
+    assert one["figures"] == {"alignment": 0.5}
+    assert one["gradient noise"] == {"64": {"signal": -1.0, "noise": 2.0, "ratio": None}}
+    assert one["steps"]["temperature"] == [0.1, pytest.approx(1 / 11, rel=1e-5)]
+    assert one["steps"].keys() == {field.name for field in fields(steps["run"][0])}
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

@@ -131,7 +131,18 @@ def test_another_backend_trains_alike(tmp_path: Path) -> None:
     assert by_numpy["found"]["sum"] == pytest.approx(by_torch["found"]["sum"], abs=1e-10)
 
 
-@pytest.mark.parametrize("words", [["--batch", "1"], ["--batch", "most"], ["--micro-batch", "0"], ["--epochs", "-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--batch", "1"],
+        ["--batch", "most"],
+        ["--micro-batch", "0"],
+        ["--epochs", "-1"],
+        ["--frozen"],
+        ["--device", "toaster"],
+    ],
+    ids=" ".join,
+)
 def test_nonsense_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.check(options_of("--data", "emoji", *words), train.parser())

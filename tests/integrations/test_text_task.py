@@ -63,6 +63,38 @@ def test_phrases_train_in_micro_batches_as_held_whole(phrases: Path, tmp_path: P
     assert apart < 1e-3 * size
 
 
+def test_a_frozen_encoder_runs_once_and_heads_are_trained_on_what_it_gave(
+    phrases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import text_task
+    import train
+
+    monkeypatch.setattr(text_task, "KEPT", tmp_path / "kept")
+    words = ["--data", "text", "--frozen", "--data-path", str(phrases), "--batch", "all", "--steps", "3"]
+    arguments = [*words, "--micro-batch", "4", "--rate", "0.01", "--output", str(tmp_path / "out")]
+    found = train.run(train.parser().parse_args(arguments))["found"]
+    assert found["German to English, R@10"] == 1.0  # ten are held out
+    assert len(list((tmp_path / "kept").glob("minilm-10-*.pt"))) == 2  # of phrases to train on, and of those kept
+    monkeypatch.setattr(text_task, "minilm", lambda: pytest.fail("the encoder ran again"))
+    task = text_task.FrozenTask(phrases)
+    one = text_task.FrozenTask(phrases)
+    assert all(torch.equal(a, b) for a, b in zip(task.sides, one.sides))
+    sentences = task.sides[0]
+    assert sentences.shape == (10, text_task.WIDTH)
+    assert torch.allclose(sentences.norm(dim=1), torch.ones(10), atol=1e-5)
+
+
+def test_padding_does_not_show_in_what_a_frozen_encoder_gives(phrases: Path) -> None:
+    import text_task
+
+    sentences, tokenizer = text_task.minilm()
+    sentences.eval()
+    tokens = tokenizer(["tree", "a long walk through the park at night", "sea"])
+    with torch.no_grad():
+        padded = sentences.rows(tokens)
+    assert torch.allclose(text_task.encoded(sentences, tokens), padded, atol=1e-5)
+
+
 def test_phrases_train_with_dropout_and_are_judged(phrases: Path, tmp_path: Path) -> None:
     import train
 

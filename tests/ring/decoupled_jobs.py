@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def train(
             inputs = left.split(3), right.split(2)
         optimizer.zero_grad()
         for turn in range(2 if accumulate else 1):
-            with model.no_sync() if accumulate and not turn else nullcontext():
+            with unreduced(model) if accumulate and not turn else nullcontext():
                 seen.append(
                     float(step(*map(list, inputs) if "lazy" in settings else inputs, **options(name, ids, weights)))
                 )
@@ -113,6 +114,18 @@ def train(
         for (key, _), one, other in zip(towers(torch.float64).named_parameters(), expected, start, strict=True)
     }
     return apart, max(abs(one - other) for one, other in zip(seen, losses, strict=True)), truth, dict(reduced)
+
+
+@contextmanager
+def unreduced(model: Any) -> Iterator[None]:
+    """Gradients add up over steps before they are reduced."""
+    if hasattr(model, "no_sync"):
+        with model.no_sync():
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    yield
+    model.set_requires_gradient_sync(True)
 
 
 def order(expected: list[Tensor], plain: nn.Module) -> list[Tensor]:

@@ -250,3 +250,61 @@ def as_if_on_streams(ring: Any, rank: int, size: int) -> float:
     found = max(agrees(other, rank, size) for _ in range(3))
     dist.destroy_process_group(group)
     return found
+
+
+# -- rows that lie away from the device ------------------------------------------------------------
+
+
+class Eager:
+    """In the place of copies that run ahead on a GPU: made when they are ordered, into the same two buffers."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self.buffers = [torch.empty_like(rows) for _ in range(2)]
+
+    def order(self, where: slice, turn: int) -> tuple[torch.Tensor, None]:
+        self.buffers[turn].fill_(float("nan"))
+        target = self.buffers[turn][: where.stop - where.start]
+        return target.copy_(self.rows[where]), None
+
+    def arrived(self, copy: None) -> None:
+        """They always have."""
+
+
+def fetched(ring: Any, rank: int, size: int, dtype: str, options: dict[str, Any]) -> tuple[float, float, int]:
+    """As `agrees`, the shards fetched strip by strip as they would be from a host: how far from the whole batch the
+    loss and the gradients are, relative to them; and how many strips of gradients went home.
+    """
+    from nibs_torch import streaming
+
+    sizes, homeward, plain = SPLIT[:size], [], streaming.Fetched.add
+    patched = {
+        (streaming, "_here"): lambda rows, device: False,
+        (streaming._Ahead, "of"): lambda rows, device: Eager(rows),
+        (streaming.Fetched, "add"): lambda self, *where: (homeward.append(where), plain(self, *where)),
+    }
+    kind, plan = getattr(torch, dtype), {"query_tile": 3, "key_tile": 2}
+    exact = [tensor.to(torch.float64) for tensor in batch(sizes, dtype=kind)]
+    call = {"scale": 2.0, **options}
+    loss, truth = nibs.contrastive_loss_and_grad(*exact, **call)
+    kept = {where: getattr(*where) for where in patched}
+    for where, value in patched.items():
+        setattr(*where, value)
+    try:
+        queries, keys = shard(rank, sizes[rank], dtype=kind)
+        keys_out = torch.full_like(keys, float("nan"))
+        made = nibs.plan(max(len(queries), 1), max(len(keys), 1), D, dtype, ring_size=size, backend="torch", **plan)
+        found, gradients = nibs.contrastive_loss_and_grad(
+            queries, keys, ring=ring, device="cpu", out={"keys": keys_out}, plan=made, **call
+        )
+        assert gradients.keys is keys_out
+    finally:
+        for (place, name), value in kept.items():
+            setattr(place, name, staticmethod(value) if name == "of" else value)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    apart = [0.0]
+    for name in ("queries", "keys"):
+        whole, part = getattr(truth, name), getattr(gradients, name)
+        if whole is not None:
+            apart += ((part.double() - whole[mine]).abs() / whole.abs().max()).flatten().tolist()
+    return float((found - loss).abs() / loss.abs()), max(apart), len(homeward)

@@ -73,6 +73,10 @@ def test_steps_under_no_sync_add_up_and_are_reduced_once(world: World) -> None:
         assert set(reduced.values()) == {STEPS}, reduced
 
 
+def test_steps_add_up_unreduced_under_fsdp2(world: World) -> None:
+    check(world(3).run("decoupled_jobs:train", (7, 1, 5), "siglip", "fsdp", ("accumulate",)))
+
+
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("when", [1, 3, 4, 6], ids=["first", "end of pass 1", "pass 3", "last forward"])
 @pytest.mark.parametrize("how", ["ddp", "ring", "function", "local"])

@@ -14,6 +14,8 @@ from ring_worlds import answers
 
 pytest.importorskip("torch")
 
+import nibs
+
 World = Callable[..., Any]
 
 
@@ -117,6 +119,43 @@ def test_memory_is_linear_in_the_local_shard_while_the_batch_grows(world: World)
     highest = {size: max(answers(world(size).run("ring_jobs:peak", rows, width, "4MB"))) for size in (2, 4, 8)}
     # with the global batch 4 times as large: the same, but for what pages round it
     assert highest[8] < 1.25 * highest[2] + 2**21, f"bytes at 2, 4, 8 ranks: {highest}"
+
+
+# -- rows that lie away from the device ------------------------------------------------------------
+
+STREAMED = {
+    "symmetric": {},
+    "one way": {"objective": nibs.InfoNCE("key_to_query")},
+    "sigmoid": {"objective": nibs.Sigmoid(), "bias": -1.0},
+    "sum": {"reduction": "sum"},
+    "keys alone": {"wrt": ("keys",)},
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("dtype", "eps"), [("float64", 2.0**-52), ("bfloat16", 2.0**-8)])
+@pytest.mark.parametrize("name", STREAMED)
+def test_shards_fetched_from_host_memory_give_the_loss_of_the_whole_batch(
+    world: World, name: str, dtype: str, eps: float, size: int
+) -> None:
+    for loss, gradients, homeward in answers(world(size).run("ring_jobs:fetched", dtype, STREAMED[name])):
+        # Half-precision rows are exact numbers: the loss is of float32, and a gradient is rounded once to its dtype.
+        assert loss <= 64 * (2.0**-52 if dtype == "float64" else 2.0**-24)
+        assert gradients <= (64 if dtype == "float64" else 1) * eps
+        assert homeward > 0, "gradients gather where the rows lie"
+
+
+def test_strips_are_right_whatever_was_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from ring_jobs import Eager
+
+    from nibs_torch import streaming
+
+    monkeypatch.setattr(streaming._Ahead, "of", lambda rows, device: Eager(rows))
+    rows = torch.arange(48.0).reshape(12, 4)
+    fetched = streaming.Fetched(rows, torch.device("cpu"))
+    for begin, end in [(0, 4), (4, 8), (8, 12), (0, 4), (8, 12), (8, 12), (0, 4), (2, 5), (5, 8), (0, 12), (0, 12)]:
+        assert torch.equal(fetched[begin:end], rows[begin:end])
 
 
 # -- peers that are lost ---------------------------------------------------------------------------

@@ -398,7 +398,8 @@ class _Run:
         given = dict(self.per_call)
         device: torch.device | None = None
         if self.step.offload and self.device.type != "cpu":
-            if isinstance(self.step.loss, ContrastiveLoss) and not self.ranks.several:
+            alone = not self.ranks.several  # a ring over NCCL carries nothing from host to host
+            if isinstance(self.step.loss, ContrastiveLoss) and (alone or "device" in given):
                 given.setdefault("device", str(self.device))  # it fetches rows tile by tile
             else:
                 device = self.device  # any other gets them where it computes, and autograd brings gradients back
@@ -487,7 +488,7 @@ class _Run:
         if not seen:
             return
         for (side, name, number, _, budget), apart in zip(
-            seen, torch.stack([one[3].double().cpu() for one in seen]).tolist(), strict=True
+            seen, torch.stack([one[3].cpu().double() for one in seen]).tolist(), strict=True
         ):
             if not apart <= budget:
                 raise NotRepeatable(

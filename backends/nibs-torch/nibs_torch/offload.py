@@ -66,7 +66,10 @@ class Pool:
         return found.to(device, non_blocking=True)
 
     def _room(self, rows: int, like: Tensor) -> Tensor:
-        shape = (rows, *like.shape[1:])
-        if not self.host or like.device.type == "cpu":
+        shape, there = (rows, *like.shape[1:]), like.device.type
+        if not self.host:
             return like.new_empty(shape)
-        return torch.empty(shape, dtype=like.dtype, pin_memory=like.device.type in ("cuda", "xpu"))
+        # What is put together once more stays pinned.
+        return torch.empty(
+            shape, dtype=like.dtype, pin_memory=like.is_pinned() if there == "cpu" else there in ("cuda", "xpu")
+        )

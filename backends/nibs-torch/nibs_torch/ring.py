@@ -164,7 +164,7 @@ class Ring(BaseRing):
         if kind is None and "gloo" not in self._kinds.values():
             raise InvalidInput(
                 f"this ring's group carries {', '.join(self._kinds)} tensors, and these are on {tensor.device}: "
-                "make the group with a backend for that device."
+                "make the group with a backend for that device, as init_process_group('cpu:gloo,cuda:nccl') does."
             )
         return kind or "gloo"
 
@@ -189,8 +189,11 @@ class _Hop:
         self.streams = kinds == {"nccl"}
         if not self.streams and any(tensor.device.type != "cpu" for tensor in outgoing):
             self.outgoing = [tensor.cpu() for tensor in outgoing]
-            self.staged = [(tensor, torch.empty_like(tensor, device="cpu")) for tensor in self.incoming]
-            self.incoming = [there for _, there in self.staged]
+            incoming, self.incoming = self.incoming, []
+            for tensor in incoming:  # rows that lie in host memory arrive where they are to lie
+                self.incoming.append(tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu"))
+                if tensor.device.type != "cpu":
+                    self.staged.append((tensor, self.incoming[-1]))
         operations = []
         for sent, received in zip(self.outgoing, self.incoming, strict=True):
             if sent.numel():

@@ -29,27 +29,29 @@ VECTORS = ("targets", "query_ids", "key_ids", "query_mask", "key_mask", "weights
 
 
 class Fetched:
-    """Rows `[n, d]` elsewhere, as rows on the device: it has their shape, and slices and indices give tensors there.
+    """Rows `[n, d]` elsewhere, as rows on the device (`nibs.verbs.Away`): slices and indices give tensors there.
 
-    A tensor that a slice gave holds until the second slice after it is asked for.
+    A tensor that a slice gave holds until another slice is asked for; what was launched by then still reads it. On a
+    ring the rows go from host to host, and each shard that comes by is fetched in turn; what gathers for the keys
+    travels beside them.
     """
 
     def __init__(self, rows: Tensor, device: torch.device) -> None:
-        self.rows, self.device = rows.detach(), device
+        self.kept, self.device = rows.detach(), device
         self.shape, self.dtype = rows.shape, rows.dtype
         self.here: tuple[slice, Tensor] | None = None
         self.coming: tuple[slice, Tensor, Any] | None = None
         self.turn = 0
-        self.ahead = _Ahead(self.rows, device) if device.type == "cuda" else None
+        self.ahead = _Ahead.of(self.kept, device)
 
     def __getitem__(self, where: Any) -> Tensor:
         if not isinstance(where, slice):
-            return self.rows[where.to(self.rows.device)].to(self.device)
+            return self.kept[where.to(self.kept.device)].to(self.device)
         where = slice(*where.indices(self.shape[0])[:2])
         if self.here is not None and self.here[0] == where:
             return self.here[1]
         if self.ahead is None:
-            self.here = (where, self.rows[where].to(self.device))
+            self.here = (where, self.kept[where].to(self.device))
             return self.here[1]
         coming, self.coming = self.coming, None
         if coming is None or coming[0] != where:
@@ -63,6 +65,16 @@ class Fetched:
             self.coming = self._order(following)
         return found
 
+    def over(self, array: Tensor) -> Fetched:
+        return Fetched(array, self.device)
+
+    def zeros(self, size: int) -> Tensor:
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.zeros((size, *self.shape[1:]), dtype=wide, device=self.kept.device)
+
+    def add(self, array: Tensor, where: slice, part: Tensor) -> None:
+        array[where] += part.to(array.device)
+
     def _order(self, where: slice) -> tuple[slice, Tensor, Any]:
         assert self.ahead is not None
         self.turn = 1 - self.turn
@@ -71,6 +83,10 @@ class Fetched:
 
 class _Ahead:
     """Copies to a CUDA device that run ahead of the walk: two buffers, and a stream of their own."""
+
+    @classmethod
+    def of(cls, rows: Tensor, device: torch.device) -> _Ahead | None:
+        return cls(rows, device) if device.type == "cuda" else None
 
     def __init__(self, rows: Tensor, device: torch.device) -> None:
         self.rows, self.device = rows, device
@@ -85,8 +101,10 @@ class _Ahead:
         size, width = where.stop - where.start, self.rows.shape[1]
         buffer = self.buffers[turn]
         if buffer is None or len(buffer) < size:
-            with torch.cuda.stream(self.stream):
-                buffer = self.buffers[turn] = self.rows.new_empty((size, width), device=self.device)
+            # Of the computing stream's memory, which every call has in common, and not to be given to another
+            # before a copy that is under way has ended, also one that nobody has waited for.
+            buffer = self.buffers[turn] = self.rows.new_empty((size, width), device=self.device)
+            buffer.record_stream(self.stream)
         free = torch.cuda.current_stream(self.device).record_event()
         target = buffer[:size]
         if self.reader is None:
@@ -106,14 +124,15 @@ class _Ahead:
 
     def _read(self, where: slice, turn: int, target: Tensor, free: Any) -> Any:
         """On the reader's thread: from wherever the rows are into pinned memory, and from there on its way."""
-        if self.copied[turn] is not None:
-            self.copied[turn].synchronize()  # the last copy out of this staging memory
-        staging = self.staging[turn]
-        if staging is None or len(staging) < len(target):
-            staging = self.staging[turn] = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
-        staging[: len(target)].copy_(self.rows[where])
-        self.copied[turn] = self._copy(staging[: len(target)], target, free)
-        return self.copied[turn]
+        with torch.cuda.device(self.device):  # a thread begins on the first one, and would open that for pinned memory
+            if self.copied[turn] is not None:
+                self.copied[turn].synchronize()  # the last copy out of this staging memory
+            staging = self.staging[turn]
+            if staging is None or len(staging) < len(target):
+                staging = self.staging[turn] = torch.empty(target.shape, dtype=target.dtype, pin_memory=True)
+            staging[: len(target)].copy_(self.rows[where])
+            self.copied[turn] = self._copy(staging[: len(target)], target, free)
+            return self.copied[turn]
 
 
 def streamed(request: Request, *, hold: bool) -> Request:
@@ -130,7 +149,7 @@ def streamed(request: Request, *, hold: bool) -> Request:
     out = dict(request.out or {})
     for name in ("queries", "keys"):
         rows = getattr(request, name)
-        if rows.device == device:
+        if _here(rows, device):
             continue
         changes[name] = Fetched(rows, device)
         if name not in out and request.wants(name):
@@ -139,6 +158,10 @@ def streamed(request: Request, *, hold: bool) -> Request:
             out[name] = torch.empty(rows.shape, dtype=dtype, pin_memory=rows.is_pinned())
     changes["out"] = out or None
     return request.but(changes)
+
+
+def _here(rows: Tensor, device: torch.device) -> bool:
+    return rows.device == device
 
 
 def _device(name: str) -> torch.device:
