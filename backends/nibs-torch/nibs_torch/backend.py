@@ -27,7 +27,7 @@ from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
 from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
 from nibs_torch.streaming import Unlocked, mapped, streamed
-from nibs_torch.tiles import DTYPES, TorchTiles
+from nibs_torch.tiles import DTYPES, TorchTiles, capturing
 from nibs_torch.whole import whole
 
 CPU_HINT = TileHint(rows=2048, columns=2048, buffers=2.0, masked=5.0, kernel="torch")
@@ -48,9 +48,10 @@ class TorchBackend(Backend):
             return differentiable_loss(request, COMPILED, deferred=bool(wrt) and tracing.defers(request))
         if wrt or _transformed():
             request = request.but({"wrt": wrt})
-            kernels = UNCHECKED if _transformed() else KERNELS
+            kernels = UNCHECKED if _unseen(request) else KERNELS
             return differentiable_loss(request, kernels, deferred=bool(wrt) and self._defers(request))
         with _plain(request.device):
+            request = tracing.poisoned(request) if _unseen(request) else request
             found = _whole(request, grad=False)
             if found is not None:
                 return found[0]
@@ -60,6 +61,7 @@ class TorchBackend(Backend):
 
     def loss_and_grad(self, request: Request) -> Any:
         with _plain(request.device):
+            request = tracing.poisoned(request) if _unseen(request) else request
             found = _whole(request, grad=True)
             if found is not None:
                 return found if request.hold else (found[0], _as_inputs(found[1], request))
@@ -155,13 +157,14 @@ class TorchBackend(Backend):
         return any(map(torch.is_autocast_enabled, AUTOCAST))
 
     def traced(self, request: Request) -> bool:
-        return tracing.is_symbolic(request.queries) or _transformed()
+        return tracing.is_symbolic(request.queries) or _unseen(request)
 
 
 class ScheduleKernels:
     """The shared schedule, as `nibs_torch.autograd` asks for it.
 
-    checked: values were looked at before. Inside torch.func they could not be: there bad rows become NaN.
+    checked: values were looked at before. Inside torch.func, and while a CUDA graph is captured, they could not be:
+    there bad rows become NaN.
     """
 
     def __init__(self, *, checked: bool) -> None:
@@ -257,6 +260,11 @@ def _plain(device: str) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+def _unseen(request: Request) -> bool:
+    """Whether values cannot be looked at: inside torch.func, and while a CUDA graph is captured."""
+    return _transformed() or capturing(request.queries.device)
 
 
 def _transformed() -> bool:

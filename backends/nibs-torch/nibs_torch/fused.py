@@ -237,7 +237,7 @@ class FusedTiles(TorchTiles):
         from nibs_torch.kernels import lse as kernels
 
         size, width = tile.queries.shape[0], tile.keys.shape[0]
-        config = self._config("lse", tile, problem)
+        config = self._config("lse", tile, problem, kept=keep)
         counts = self._counts(tile, config)
         tiles = counts["row_tiles"], counts["column_tiles"]
         asked = {"multi": problem.multi, "sums": problem.sums, "stats": problem.stats}
@@ -367,7 +367,7 @@ class FusedTiles(TorchTiles):
     def _weights(self, tile: Tile, problem: Problem, rows: Any, columns: Any, kept: Any) -> Made:
         from nibs_torch.kernels import weights as kernels
 
-        config = self._config("weights", tile, problem)
+        config = self._config("weights", tile, problem, kept=kept is not None)
         counts = self._counts(tile, config)
         sides = [side for side in (rows, columns) if side is not None]
         made = Made(self._made(tile), self._lift(*(side.factor for side in sides)), None, None)
@@ -521,13 +521,14 @@ class FusedTiles(TorchTiles):
 
     # -- arguments --------------------------------------------------------------------------------
 
-    def _config(self, kernel: str, tile: Tile, problem: Problem) -> Any:
+    def _config(self, kernel: str, tile: Tile, problem: Problem, *, kept: bool = False) -> Any:
         if kernel in self.fixed:
             return self.fixed[kernel]
         busy = problem.multi or problem.exclude or problem.exclude_self or problem.margin is not None
         busy = busy or (kernel != "weights" and (problem.sums or problem.stats))
         ragged = tile.queries.shape[0] % WHOLE != 0 or tile.keys.shape[0] % WHOLE != 0
-        return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, ragged=ragged)
+        kind = "kept" if kept else "ragged" if ragged else ""
+        return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, kind=kind)
 
     def _counts(self, tile: Tile, config: Any) -> dict[str, int]:
         rows, columns = tile.queries.shape[0], tile.keys.shape[0]
@@ -638,11 +639,7 @@ class FusedTiles(TorchTiles):
 
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Any = None, **named: Any) -> None:
         """Launch on this device's current stream."""
-        options = {"num_warps": 4, "num_stages": 2}
-        if config is not None:
-            options = {"num_warps": config.warps, "num_stages": config.stages}
-        if self.card.arch != "interpreter":
-            options["enable_fp_fusion"] = True
+        options = options_of(config, self.card)
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 kernel[grid](*arguments, **named, **options)
@@ -651,6 +648,16 @@ class FusedTiles(TorchTiles):
 
             with numpy.errstate(all="ignore"):  # a GPU does not say when a pair that counts for nothing overflows
                 kernel[grid](*arguments, **named, **options)
+
+
+def options_of(config: Any, card: Any) -> dict[str, Any]:
+    """Triton's options for a launch by a configuration; None: for the kernels over vectors."""
+    options = {"num_warps": 4, "num_stages": 2}
+    if config is not None:
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+    if card.arch != "interpreter":
+        options["enable_fp_fusion"] = True
+    return options
 
 
 def _is_tf32(precision: str, device: torch.device) -> bool:
@@ -670,17 +677,22 @@ GUARD = True  # False only in the test that shows what the guard of `kernels.wei
 
 @lru_cache(maxsize=16)
 def _library_widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch here multiplies halves into a float32 accumulator, in place; asked once, by trying."""
+    """Whether PyTorch here multiplies halves into a float32 accumulator, in place; asked once, by looking at a product.
+
+    A version that takes the arguments and forgets the addend, or rounds it, is one that cannot.
+    """
     overload = getattr(torch.ops.aten.addmm, "dtype_out", None)
     if overload is None:
         return False
-    half = torch.zeros(16, 16, dtype=dtype, device=device)
-    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    g = torch.arange(64.0, device=device).sub_(32).view(8, 8)  # small integers: the product is exact in any order
+    out = torch.full((8, 8), 2.0**-12, device=device)  # which no half holds beside them
+    expected = g.T @ g + out
+    half = g.to(dtype)
     try:
-        overload(out, half, half, torch.float32, out=out)
+        overload(out, half.T, half, torch.float32, out=out)
     except (RuntimeError, NotImplementedError):  # before 2.10 the addend had to be half, too
         return False
-    return True
+    return bool((out == expected).all())
 
 
 def time_config(kernel: str, config: Any, device: torch.device, options: Any) -> float | None:

@@ -390,6 +390,8 @@ class TorchTiles:
     def scalar(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.detach().to(self.device, self.accumulator).reshape(())
+        if capturing(self.device):  # its memory is the graph's own, and filled when the graph runs: not for others
+            return _constant.__wrapped__(float(value), self.accumulator, self.device)
         return _constant(float(value), self.accumulator, self.device)
 
     def total(self, values: Any) -> Any:
@@ -410,7 +412,12 @@ class TorchTiles:
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A 0-d constant; the schedule asks for the same few in every call, and writes to none."""
     with torch.inference_mode(False):  # made under inference mode it could not be used outside it
-        return torch.tensor(value, dtype=dtype, device=device)
+        return torch.full((), value, dtype=dtype, device=device)  # `torch.tensor` would copy, and wait for the copy
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 ADDED = ("positive_sum", "positive_count", "allowed_sum", "allowed_count", "weight_sum")

@@ -29,7 +29,7 @@ from nibs.ring import Ring
 from nibs.spec import InfoNCE, Sigmoid, Stats
 from nibs.verbs import LSE_FIELDS
 from nibs_torch.autograd import ARRAYS
-from nibs_torch.tiles import DTYPES
+from nibs_torch.tiles import DTYPES, capturing
 
 __all__ = ["CompiledKernels", "answer", "defers", "is_symbolic", "spell"]
 
@@ -163,7 +163,7 @@ def poisoned(request: Request) -> Request:
     bad = bad_rows(request, lambda n, like: torch.arange(n, device=like.device))
     if bad is None:
         return request
-    if not bool(bad.any()):
+    if not capturing(bad.device) and not bool(bad.any()):
         return request
     changed: dict[str, Any] = {"queries": request.queries.masked_fill(bad.unsqueeze(1), float("nan"))}
     if targets is not None:

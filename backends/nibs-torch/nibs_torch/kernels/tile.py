@@ -18,13 +18,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["COUNTS", "LOG2E", "dots", "permitted", "place", "present", "target_of", "within"]
+__all__ = [
+    "COUNTS",
+    "LOG2E",
+    "PART",
+    "dots",
+    "joined",
+    "parts",
+    "permitted",
+    "place",
+    "present",
+    "quarters",
+    "target_of",
+    "vector_parts",
+    "within",
+]
 
 SIZES = ["rows", "columns", "row_tiles", "column_tiles", "programs", "size", "parts", "u_part", "u_tile"]
 COUNTS = [*SIZES, "offset", "k"]
 """Sizes that change from macro tile to macro tile: a kernel is not compiled anew where one happens to be 1 or even."""
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+PART: tl.constexpr = tl.constexpr(64)
+"""Columns that are finished at a time: a whole tile's products and what is made of them do not fit the registers."""
 
 
 @triton.jit
@@ -44,8 +61,10 @@ def dots(
 ):  # fmt: skip
     """`acc [BM, BN]` for the tile that begins at (row, column). DESC: Q and K are tensor descriptors."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
+    steps = tl.cdiv(d, BK)
+    tl.assume(steps > 0)  # else a loop that is flattened is compiled once more, for rows of no width
     if DESC:
-        for k in range(0, tl.cdiv(d, BK)):
+        for k in range(0, steps):
             a = Q.load([row, k * BK])
             b = K.load([column, k * BK])
             if UPCAST:
@@ -57,7 +76,7 @@ def dots(
         ok = tl.arange(0, BK)
         qs = Q + om[:, None] * sq0 + ok[None, :].to(tl.int64) * sq1
         ks = K + on[None, :] * sk0 + ok[:, None].to(tl.int64) * sk1
-        for k in range(0, tl.cdiv(d, BK)):
+        for k in range(0, steps):
             inside = ok < d - k * BK
             a = tl.load(qs, mask=inside[None, :], other=0.0)
             b = tl.load(ks, mask=inside[:, None], other=0.0)
@@ -67,6 +86,52 @@ def dots(
             qs += BK * sq1
             ks += BK * sk1
     return acc
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of `x [ROWS, COLUMNS]`."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The four quarters of the columns of `x [ROWS, COLUMNS]`."""
+    left, right = halves(x, ROWS, COLUMNS)
+    first, second = halves(left, ROWS, COLUMNS // 2)
+    third, fourth = halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def joined(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`[ROWS, COLUMNS]` of its two halves."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def parts(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`x [ROWS, COLUMNS]` in parts of up to PART columns, from the left. Nothing moves from thread to thread."""
+    if COLUMNS == 4 * PART:
+        return quarters(x, ROWS, COLUMNS)
+    elif COLUMNS == 2 * PART:
+        return halves(x, ROWS, COLUMNS)
+    else:
+        return (x,)
+
+
+@triton.jit
+def vector_parts(x, COLUMNS: tl.constexpr):
+    """`x [COLUMNS]` in the same parts."""
+    if COLUMNS == 4 * PART:
+        left, right = tl.split(tl.permute(tl.reshape(x, (2, 2 * PART)), (1, 0)))
+        first, second = tl.split(tl.permute(tl.reshape(left, (2, PART)), (1, 0)))
+        third, fourth = tl.split(tl.permute(tl.reshape(right, (2, PART)), (1, 0)))
+        return first, second, third, fourth
+    elif COLUMNS == 2 * PART:
+        return tl.split(tl.permute(tl.reshape(x, (2, PART)), (1, 0)))
+    else:
+        return (x,)
 
 
 @triton.jit

@@ -58,20 +58,61 @@ class Card:
     shared: int
 
 
-# By kernel. Halves: 2-byte elements; the rest: float32. After a kernel's own choices come those that fit any card.
-# Busy: kernels with ids, a margin, exclusions or statistics compiled in, which take registers for them.
+# By kernel, the best guess first; `tune` times them all. Halves: 2-byte elements; the rest: float32. After a kernel's
+# own choices come those that fit any card. Ragged: tiles cut off at an edge, whose masks take registers. Busy: kernels
+# with ids, a margin, exclusions or statistics compiled in, which take more of them. Kept: logits are stored, in
+# float32, on their way through shared memory; weights from kept logits have no products to be fast at.
+#
+# Hopper, whose copies come through descriptors: an SM reads its operands from the L2 cache, 64 flops for each byte in
+# tiles of 128 x 128 and 85 at 128 x 256; at 64, every SM at full rate would read 12 TB/s. So tiles of 128 x 256 come
+# first, whose programs stay and fetch the next tile while they finish one; two programs an SM of 128 x 128 hide more of
+# the finish and read more.
 Choices = dict[str, tuple[Config, ...]]
+AMPERE = {
+    "*": (Config(128, 64, 32, 8, 3),),
+    "lse": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3)),
+    "lse kept": (Config(128, 64, 32, 8, 3),),
+    "weights": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3)),
+    "weights ragged": (Config(128, 64, 32, 8, 3),),
+    "product": (Config(128, 128, 32, 8, 3),),
+}
 HALVES: dict[str, Choices] = {
-    "sm_80": {"*": (Config(128, 64, 32, 8, 3),), "lse": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3))},
-    "sm_89": {"*": (Config(128, 64, 32, 8, 3),), "lse": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3))},
+    "sm_80": AMPERE,
+    "sm_89": AMPERE,
     "sm_90": {
-        "lse": (Config(128, 256, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True, 1)),
+        "lse": (
+            Config(128, 256, 64, 8, 3, True, 1),
+            Config(128, 256, 64, 8, 4, True, 1),
+            Config(128, 256, 64, 8, 3, True),
+            Config(128, 128, 64, 8, 4, True, 1),
+            Config(128, 128, 64, 4, 3, True, 2),
+            Config(256, 128, 64, 8, 3, True, 1),
+        ),
         "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
-        "weights": (Config(128, 128, 64, 8, 3, True, 1),),
-        "sigmoid": (Config(128, 64, 64, 8, 4, True, 1),),
+        "lse kept": (Config(128, 128, 64, 8, 3, True, 1),),
+        "weights": (
+            Config(128, 256, 64, 8, 3, True, 1),
+            Config(128, 256, 64, 8, 4, True, 1),
+            Config(128, 256, 64, 8, 3, True),
+            Config(128, 128, 64, 8, 4, True, 1),
+            Config(128, 128, 64, 4, 3, True, 2),
+        ),
+        "weights ragged": (Config(128, 128, 64, 8, 3, True, 1),),
+        "sigmoid": (
+            Config(128, 256, 64, 8, 3, True, 1),
+            Config(128, 128, 64, 8, 3, True, 1),
+            Config(128, 128, 64, 8, 4, True, 1),
+            Config(128, 64, 64, 8, 4, True, 1),
+        ),
+        "sigmoid ragged": (Config(128, 64, 64, 8, 4, True, 1),),
+        "product": (Config(128, 128, 64, 8, 3),),
     },
-    "sm_100": {"*": (Config(128, 64, 64, 8, 3),), "lse": (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3))},
-    "sm_120": {"*": (Config(128, 64, 32, 8, 3),)},
+    "sm_100": {
+        "*": (Config(128, 64, 64, 8, 3),),
+        "lse": (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
+        "product": (Config(128, 128, 64, 8, 3),),
+    },
+    "sm_120": {"*": (Config(128, 64, 32, 8, 3),), "weights": AMPERE["weights"], "product": AMPERE["product"]},
     "gfx942": {"*": (Config(128, 64, 32, 8, 2),)},
 }
 FLOATS: dict[str, Choices] = {arch: {"*": (Config(128, 64, 32, 8, 3),)} for arch in ("sm_80", "sm_89", "sm_90")}
@@ -82,34 +123,35 @@ SMALL = {"repair": Config(32, 32, 32, 4, 3), "wide": Config(32, 32, 32, 4, 2)}  
 
 
 def choices(
-    arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, ragged: bool = False
+    arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, kind: str = ""
 ) -> tuple[Config, ...]:
-    """Configurations for elements of `item` bytes, first choice first. arch: as in `Card`; ragged: tiles cut off."""
+    """Configurations for elements of `item` bytes, first choice first.
+
+    arch: as in `Card`. kind: `"ragged"`, or `"kept"` where an lse leaves its logits, or weights are made from them.
+    """
     if arch == "interpreter":
         return INTERPRETER
     if ieee:
         return (*IEEE, *SAFE)
-    if busy:
+    if busy or (kernel, kind) == ("weights", "kept"):
         return SAFE
     table = (HALVES if item == 2 else FLOATS).get(arch, {})
     own = table.get(kernel, table.get("*", ()))
-    return (*(table.get(f"{kernel} ragged", own) if ragged else own), *SAFE)
+    return (*(table.get(f"{kernel} {kind}", own) if kind else own), *SAFE)
 
 
 def shared_bytes(config: Config, item: int) -> int:
     """An upper bound on a program's shared memory: the operands in flight, and the tile on its way out."""
     operands = config.stages * (config.rows + config.columns) * config.width * item
-    return operands + 2 * KIB * config.warps
+    return operands + 2 * KIB * config.warps + KIB  # barriers
 
 
-def config(
-    card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, ragged: bool = False
-) -> Config:
+def config(card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, kind: str = "") -> Config:
     """What was measured on this card, else the first choice that fits it."""
-    kept = None if busy or ragged else _cache().get(_key(card, kernel, item, ieee))
+    kept = None if busy or kind else _cache().get(_key(card, kernel, item, ieee))
     if kept is not None:
         return Config(**kept)
-    found = choices(card.arch, kernel, item, ieee=ieee, busy=busy, ragged=ragged)
+    found = choices(card.arch, kernel, item, ieee=ieee, busy=busy, kind=kind)
     return next((one for one in found if shared_bytes(one, item) <= card.shared), found[-1])
 
 

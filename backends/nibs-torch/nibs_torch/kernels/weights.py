@@ -15,9 +15,15 @@ in small tiles. Both judge by the same numbers, so each tile is written exactly 
 
 A pair of two rows that are no anchors, or one that does not count, is bounded by nobody's lse: logits are cut at mid +
 SPREAD, beyond which no weight that is not 0 can lie. Targets are subtracted before rounding, for near convergence
-p - y is far smaller than either; the few elements that have one are stored again, without it, so that no branch keeps
-a second tile in registers. float16 holds nothing below 6e-8: its weights are stored times a power of two (LIFTED),
-undone in float32.
+p - y is far smaller than either; the few elements that have one are made again from their products and stored over.
+A tile is finished in parts of 64 columns (`tile.parts`): products, weights and what is stored of them, all of a tile
+at once, would not fit the registers at 128 x 256. float16 holds nothing below 6e-8: its weights are stored times a
+power of two (LIFTED), undone in float32.
+
+The scale's gradient is summed here, beside the weights, though `<q_i, dq_i>` after the products would cost nothing:
+those were made from rounded weights. Each bfloat16 weight is off by up to 2^-9 of itself, and where one weight of a
+row counts most, so is the row's sum; over n rows the mean is off by 2^-9 / sqrt(n), 1e-4 at n = 400 and 8e-6 at
+65,536, where float32 has 1e-7.
 
 Cost: 2 r c d flops, r c exponentials; writes r c elements of the input's dtype.
 
@@ -31,7 +37,18 @@ import triton
 import triton.language as tl
 
 from nibs_torch.kernels.rows import narrow, to_tf32
-from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, permitted, place, target_of, within
+from nibs_torch.kernels.tile import (
+    COUNTS,
+    LOG2E,
+    PART,
+    dots,
+    parts,
+    permitted,
+    place,
+    target_of,
+    vector_parts,
+    within,
+)
 
 __all__ = ["SPREAD", "plain_weights", "weights", "wide"]
 
@@ -105,12 +122,12 @@ def weights_tile(
     DESC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
     """Everything about one tile whose shifts lie close together."""
-    PAIRS: tl.constexpr = RAGGED or EXCLUDE or SELF or (QM is not None) or (KM is not None)
-    MARGIN: tl.constexpr = QLIM is not None
     pm, pn = place(tile, row_tiles, column_tiles, GROUP)
     row, column = pm * BM, pn * BN
     om, on = row + tl.arange(0, BM), column + tl.arange(0, BN)
     row_in, column_in = om < rows, on < columns
+    WIDTH: tl.constexpr = min(BN, PART)
+    inner = tl.arange(0, WIDTH)
     middle, width = span(RS, CS, row, column, rows, columns, BM, BN)
     if (width <= SPREAD) | (GUARD == 0):
         target = target_of(T, om, rows, columns, offset, DESIGNATED)
@@ -123,81 +140,129 @@ def weights_tile(
             if EXACT is not None:
                 exact = tl.load(EXACT + om, mask=row_in, other=0.0)
                 acc = tl.where(hit, exact[:, None], acc)
-        # The designated positives' products and targets, while nothing but acc takes registers.
+        here = (target >= column) & (target < column + BN)
+        holds = tl.max(here.to(tl.int32), 0) != 0
+        pieces = parts(acc, BM, BN)
         product, aim = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-        holds = tl.max(((target >= column) & (target < column + BN)).to(tl.int32), 0) != 0
         if DESIGNATED != 0 and not MULTI:  # noqa: SIM102 - known when compiled
-            if holds:
-                if PRODUCT is not None:
-                    product = tl.sum(tl.where(hit, acc, 0.0), 1)
+            if holds:  # the designated positives' products and targets, while nothing but acc takes registers
+                found = tl.zeros(pieces[0].shape, tl.float32)
+                for n in tl.static_range(BN // WIDTH):
+                    found = tl.where(target[:, None] == (column + n * WIDTH + inner)[None, :], pieces[n], found)
+                product = tl.sum(found, 1)
                 if CT is not None:
-                    aim = tl.load(CT + target, mask=target >= 0, other=0.0)
+                    aim = tl.load(CT + target, mask=here, other=0.0)
                 if RT is not None:
                     aim += tl.load(RT + om, mask=row_in, other=0.0)
-        g = (acc * tl.load(SCALE) - middle) * LOG2E
-        if GUARD:
-            g = tl.minimum(g, SPREAD * LOG2E)
-        g = tl.exp2(g)
-        if PAIRS or MARGIN:
-            ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, RAGGED, EXCLUDE, SELF)
-        if MARGIN:
-            by_row = within(acc, tl.load(QLIM + om, mask=row_in, other=0.0), hit, ok, 1)
-            by_column = within(acc, tl.load(KLIM + on, mask=column_in, other=0.0), hit, ok, 0)
-            e = g
-            g = tl.zeros((BM, BN), tl.float32)
-            if RF is not None:
-                g += tl.where(by_row, e * share(RF, RS, om, row_in, middle)[:, None], 0.0)
-            if CF is not None:
-                g += tl.where(by_column, e * share(CF, CS, on, column_in, middle)[None, :], 0.0)
-            if RM is not None:
-                g -= tl.where(by_row, tl.load(RM + om, mask=row_in, other=0.0)[:, None], 0.0)
-            if CM is not None:
-                g -= tl.where(by_column, tl.load(CM + on, mask=column_in, other=0.0)[None, :], 0.0)
-        else:
-            if RF is not None and CF is not None:
-                mine = share(RF, RS, om, row_in, middle)
-                theirs = share(CF, CS, on, column_in, middle)
-                g = g * (mine[:, None] + theirs[None, :])
-            elif RF is not None:
-                g = g * share(RF, RS, om, row_in, middle)[:, None]
-            else:
-                g = g * share(CF, CS, on, column_in, middle)[None, :]
-            if RM is not None:
-                g -= tl.load(RM + om, mask=row_in, other=0.0)[:, None]
-            if CM is not None:
-                g -= tl.load(CM + on, mask=column_in, other=0.0)[None, :]
-            if PAIRS:
-                g = tl.where(ok, g, 0.0)
-        if MULTI:
-            g = less_targets(
-                g, hit, target, om, on, rows, columns, offset, column, QM, KM, QID, KID, RT, CT,
-                DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, BN,
+        mine, theirs = aim, vector_parts(tl.zeros((BN,), tl.float32), BN)
+        if RF is not None:
+            mine = share(RF, RS, om, row_in, middle)
+        if CF is not None:
+            theirs = vector_parts(share(CF, CS, on, column_in, middle), BN)
+        total = tl.zeros((BM,), tl.float32)
+        for n in tl.static_range(BN // WIDTH):
+            total += part_weights(
+                pieces[n], mine, theirs[n], column + n * WIDTH, target, om, middle, SCALE, QM, KM, QID, KID, QLIM, KLIM,
+                RF, RT, RM, CF, CT, CM, LIFTED, G, PRODUCT, rows, columns, offset, sg,
+                DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, WIDTH, UPCAST, GUARD,
             )  # fmt: skip
         if PRODUCT is not None:
-            each = g * acc
-            if PAIRS or MARGIN:
-                each = tl.where(ok, each, 0.0)  # an absent row's product may be NaN
             # Row by row, where p - y is a small difference of numbers near one.
-            found = tl.sum(each, 1) - aim * product
-            tl.store(PRODUCT + pn.to(tl.int64) * rows + om, found, mask=row_in)
-        if LIFTED is not None:
-            g = g * tl.load(LIFTED)
-        at = G + om[:, None].to(tl.int64) * sg + on[None, :]
-        out = to_tf32(g) if TF32 else g
-        if RAGGED:
-            tl.store(at, narrow(out, G, UPCAST), mask=row_in[:, None] & column_in[None, :])
-        else:
-            tl.store(at, narrow(out, G, UPCAST))
+            tl.store(PRODUCT + pn.to(tl.int64) * rows + om, total - aim * product, mask=row_in)
         if DESIGNATED != 0 and not MULTI:  # noqa: SIM102 - known when compiled
             if holds:  # once more, less their targets: one element a row
+                one = shared(product, SCALE, middle, GUARD)
+                if RF is not None:
+                    part = share(RF, RS, om, row_in, middle)
+                    if CF is not None:
+                        part += share(CF, CS, target, here, middle)
+                else:
+                    part = share(CF, CS, target, here, middle)
+                one = one * part
+                if RM is not None:
+                    one -= tl.load(RM + om, mask=row_in, other=0.0)
+                if CM is not None:
+                    one -= tl.load(CM + target, mask=here, other=0.0)
+                one -= aim
                 if LIFTED is not None:
-                    aim = aim * tl.load(LIFTED)
-                one = tl.sum(tl.where(hit, g, 0.0), 1) - aim
+                    one = one * tl.load(LIFTED)
                 if TF32:
                     one = to_tf32(one)
-                tl.debug_barrier()  # after the store above
-                here = (target >= column) & (target < column + BN)
+                tl.debug_barrier()  # after the stores above
                 tl.store(G + om.to(tl.int64) * sg + target, narrow(one, G, UPCAST), mask=here)
+
+
+@triton.jit
+def shared(acc, SCALE, middle, GUARD: tl.constexpr):
+    """`exp(s - middle)`, the exponential that both sides share; cut where nothing that counts can lie."""
+    power = (acc * tl.load(SCALE) - middle) * LOG2E
+    if GUARD:
+        power = tl.minimum(power, SPREAD * LOG2E)
+    return tl.exp2(power)
+
+
+@triton.jit
+def part_weights(
+    acc, mine, theirs, column, target, om, middle, SCALE, QM, KM, QID, KID, QLIM, KLIM,
+    RF, RT, RM, CF, CT, CM, LIFTED, G, PRODUCT, rows, columns, offset, sg,
+    DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, RAGGED: tl.constexpr,
+    TF32: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """A part's weights into G, not yet less designated targets; returns `[BM]` sums of weight times product."""
+    PAIRS: tl.constexpr = RAGGED or EXCLUDE or SELF or (QM is not None) or (KM is not None)
+    MARGIN: tl.constexpr = QLIM is not None
+    on = column + tl.arange(0, WIDTH)
+    row_in, column_in = om < rows, on < columns
+    hit = target[:, None] == on[None, :]
+    g = shared(acc, SCALE, middle, GUARD)
+    if PAIRS or MARGIN:
+        ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, RAGGED, EXCLUDE, SELF)
+    if MARGIN:
+        by_row = within(acc, tl.load(QLIM + om, mask=row_in, other=0.0), hit, ok, 1)
+        by_column = within(acc, tl.load(KLIM + on, mask=column_in, other=0.0), hit, ok, 0)
+        e = g
+        g = tl.zeros(acc.shape, tl.float32)
+        if RF is not None:
+            g += tl.where(by_row, e * mine[:, None], 0.0)
+        if CF is not None:
+            g += tl.where(by_column, e * theirs[None, :], 0.0)
+        if RM is not None:
+            g -= tl.where(by_row, tl.load(RM + om, mask=row_in, other=0.0)[:, None], 0.0)
+        if CM is not None:
+            g -= tl.where(by_column, tl.load(CM + on, mask=column_in, other=0.0)[None, :], 0.0)
+    else:
+        if RF is not None and CF is not None:
+            g = g * (mine[:, None] + theirs[None, :])
+        elif RF is not None:
+            g = g * mine[:, None]
+        else:
+            g = g * theirs[None, :]
+        if RM is not None:
+            g -= tl.load(RM + om, mask=row_in, other=0.0)[:, None]
+        if CM is not None:
+            g -= tl.load(CM + on, mask=column_in, other=0.0)[None, :]
+        if PAIRS:
+            g = tl.where(ok, g, 0.0)
+    if MULTI:
+        g = less_targets(
+            g, hit, target, om, on, rows, columns, offset, column, QM, KM, QID, KID, RT, CT,
+            DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, WIDTH,
+        )  # fmt: skip
+    total = tl.zeros(om.shape, tl.float32)
+    if PRODUCT is not None:
+        each = g * acc
+        if PAIRS or MARGIN:
+            each = tl.where(ok, each, 0.0)  # an absent row's product may be NaN
+        total = tl.sum(each, 1)
+    if LIFTED is not None:
+        g = g * tl.load(LIFTED)
+    out = to_tf32(g) if TF32 else g
+    at = G + om[:, None].to(tl.int64) * sg + on[None, :]
+    if RAGGED:
+        tl.store(at, narrow(out, G, UPCAST), mask=row_in[:, None] & column_in[None, :])
+    else:
+        tl.store(at, narrow(out, G, UPCAST))
+    return total
 
 
 @triton.jit

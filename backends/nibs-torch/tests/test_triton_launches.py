@@ -1,0 +1,82 @@
+"""What a call on a GPU does to the host, and what it launches, seen on a pretended card: see pretended_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from pretended_gpu import CARDS, Waited, calls
+
+import nibs
+
+N, M, D = 1000, 1200, 96
+INFONCE = nibs.InfoNCE()
+
+
+def rows(n: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return torch.empty(n, D, dtype=dtype, device="cuda", requires_grad=True)
+
+
+def vector(n: int, dtype: torch.dtype) -> Any:
+    return torch.empty(n, dtype=dtype, device="cuda")
+
+
+CALLS: dict[str, Any] = {
+    "symmetric": lambda: {},
+    "scale": lambda: {"scale": torch.empty((), device="cuda", requires_grad=True)},
+    "scale of one element": lambda: {"scale": torch.empty(1, device="cuda", requires_grad=True)},
+    "one way": lambda: {"objective": nibs.InfoNCE("query_to_key")},
+    "the other way": lambda: {"objective": nibs.InfoNCE("key_to_query")},
+    "smoothing": lambda: {"objective": nibs.InfoNCE(label_smoothing=0.1)},
+    "margin": lambda: {"objective": nibs.InfoNCE(false_negative_margin=0.1)},
+    "masks": lambda: {"query_mask": vector(N, torch.bool), "key_mask": vector(M, torch.bool)},
+    "targets and weights": lambda: {"targets": vector(N, torch.int64), "weights": vector(N, torch.float32)},
+    "same id excluded": lambda: {
+        "objective": nibs.InfoNCE(same_id="exclude"),
+        "query_ids": vector(N, torch.int64),
+        "key_ids": vector(M, torch.int64),
+    },
+    "same id positive": lambda: {
+        "objective": nibs.InfoNCE(same_id="positive"),
+        "query_ids": vector(N, torch.int64),
+        "key_ids": vector(M, torch.int64),
+    },
+    "sum": lambda: {"reduction": "sum"},
+    "none": lambda: {"reduction": "none"},
+    "sigmoid": lambda: {"objective": nibs.Sigmoid(), "bias": torch.empty((), device="cuda", requires_grad=True)},
+    "sigmoid of masks": lambda: {"objective": nibs.Sigmoid(), "key_mask": vector(M, torch.bool)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", list(CALLS))
+def test_nothing_in_a_step_waits_for_the_device(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    with calls(CARDS["sm_90"], monkeypatch) as launches:
+        nibs.contrastive_loss(rows(N, dtype), rows(M, dtype), **CALLS[name]())
+    assert {"lse", "sigmoid"} & {one.name for one in launches}
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "none"])
+def test_nothing_in_loss_and_grad_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with calls(CARDS["sm_90"], monkeypatch), torch.no_grad():
+        _, grads = nibs.contrastive_loss_and_grad(rows(N), rows(M), **CALLS[name]())
+        assert grads.queries.dtype == torch.bfloat16
+
+
+def test_a_look_at_a_value_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with calls(CARDS["sm_90"], monkeypatch), pytest.raises(Waited):
+        bool((vector(3, torch.float32) > 0).any())
+
+
+def test_a_number_that_is_copied_to_the_device_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with calls(CARDS["sm_90"], monkeypatch), pytest.raises(Waited):
+        torch.tensor(1.0, device="cuda")
+
+
+def test_a_mask_as_an_index_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with calls(CARDS["sm_90"], monkeypatch), pytest.raises(Waited):
+        torch.ops.aten.index.Tensor(vector(3, torch.float32), [vector(3, torch.bool)])
