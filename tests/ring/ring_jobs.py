@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 import nibs
 import nibs_torch
+import nibs_torch.ring
 from nibs.errors import InvalidInput, RingError
 from nibs_torch.tiles import TorchTiles
 
@@ -242,14 +245,76 @@ def budgets_of_their_own(ring: Any, rank: int, size: int) -> tuple[float, str]:
     return float(apart.abs().max()), f"{kind}: {text} ({took:.1f} s)"
 
 
+def what_shift_allows(ring: Any, rank: int, size: int) -> bool:
+    """Targets that are not packed, none at all, and NumPy's arrays; each brings the previous rank's numbers."""
+    before = (rank - 1) % size
+    mine = torch.arange(6.0).reshape(2, 3) + 10 * rank
+    wanted = torch.arange(6.0).reshape(2, 3) + 10 * before
+    turned, wide = torch.zeros(3, 2).T, np.zeros((2, 6), np.float32)
+    (one,) = ring.shift(mine, into=[turned]).wait()
+    (two,) = ring.shift(mine.numpy(), into=[wide[:, ::2]]).wait()
+    (three,) = ring.shift(mine.T.contiguous().T).wait()
+    (four,) = ring.shift(mine.numpy()[::-1]).wait()
+    here = one is turned and bool((turned == wanted).all()) and bool((wide[:, ::2] == wanted.numpy()).all())
+    return here and bool(
+        (two == wanted.numpy()).all() and (three == wanted).all() and (four[::-1] == wanted.numpy()).all()
+    )
+
+
+class Work:
+    """In the place of NCCL's, over gloo's: a wait without a timeout orders streams, and one with tells of failure."""
+
+    def __init__(self, work: Any, what: str = "") -> None:
+        self.work, self.what = work, what
+
+    def wait(self, timeout: Any = None) -> None:
+        if timeout is None:
+            self.work.wait()
+        elif self.what == "fails":
+            raise RuntimeError("NCCL: a peer has gone")
+
+    def is_completed(self) -> bool:
+        return self.what != "never ends"
+
+
+@contextmanager
+def as_on_nccl(size: int, timeout: float = 20.0, hop: int = 0, what: str = "") -> Iterator[Any]:
+    """A ring whose works behave as NCCL's; its hop of this number (from 1 on) fails, or never ends."""
+    group = dist.new_group(list(range(size)))
+    ring = nibs_torch.Ring(group, timeout=timeout)
+    ring._kinds = {"cpu": "nccl"}
+    post, gather, hops = dist.batch_isend_irecv, nibs_torch.ring.all_gather, [0]
+
+    def posted(operations: Any) -> Any:
+        hops[0] += 1
+        return [Work(work, what if hops[0] == hop else "") for work in post(operations)]
+
+    dist.batch_isend_irecv = posted
+    nibs_torch.ring.all_gather = lambda *given, **options: Work(gather(*given, **options))
+    try:
+        yield ring
+    finally:
+        dist.batch_isend_irecv, nibs_torch.ring.all_gather = post, gather
+        dist.destroy_process_group(group)
+
+
+def last_hop_on_streams(ring: Any, rank: int, size: int, what: str) -> Any:
+    """What comes of a call whose very last hop fails, or never ends, and of the next call."""
+    with as_on_nccl(size, 0.5, 2 * (size - 1) + size, what) as other:
+
+        def call() -> Any:
+            nibs.contrastive_loss_and_grad(*shard(rank), wrt=("keys",), objective=ONE_WAY, ring=other)
+
+        return attempt(call), attempt(call)
+
+
+ONE_WAY = nibs.InfoNCE("query_to_key")
+
+
 def as_if_on_streams(ring: Any, rank: int, size: int) -> float:
     """The way that NCCL's work is waited for, over gloo's."""
-    group = dist.new_group(list(range(size)))
-    other = nibs_torch.Ring(group, timeout=20)
-    other._kinds = {"cpu": "nccl"}
-    found = max(agrees(other, rank, size) for _ in range(3))
-    dist.destroy_process_group(group)
-    return found
+    with as_on_nccl(size) as other:
+        return max(agrees(other, rank, size) for _ in range(3))
 
 
 # -- rows that lie away from the device ------------------------------------------------------------

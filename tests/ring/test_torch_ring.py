@@ -97,6 +97,17 @@ def test_the_way_of_streams_gives_the_same(world: World) -> None:
     assert max(answers(world(4).run("ring_jobs:as_if_on_streams"))) < 1e-5
 
 
+@pytest.mark.parametrize("what", ["fails", "never ends"])
+def test_the_last_hop_on_streams_is_looked_after_before_the_call_returns(fragile: World, what: str) -> None:
+    for first, again in answers(fragile(2, 20.0).run("ring_jobs:last_hop_on_streams", what)):
+        assert first[0] == "RingError" and ("a peer has gone" if what == "fails" else "waited 0.5 s") in first[1], first
+        assert again[0] == "RingError" and "dead" in again[1]
+
+
+def test_a_shift_puts_things_where_they_are_wanted(world: World) -> None:
+    assert all(answers(world(3).run("ring_jobs:what_shift_allows")))
+
+
 # -- over the wire ---------------------------------------------------------------------------------
 
 

@@ -8,14 +8,19 @@ and NCCL those of GPUs; gloo carries GPU tensors too, by way of the host and slo
 
 Every wait is bounded by the ring's timeout. On gloo a lost peer shows in the wait itself. On NCCL a wait
 only orders streams, so the host looks once a hop whether the hop before has really come to an end, and
-runs at most that far ahead. Nothing here makes, joins or destroys process groups: those are the caller's.
+runs at most that far ahead; `settle` looks after the last one. Not bounded by it is NCCL's first contact, which
+blocks the host: that of the group in its first collective (`init_process_group(device_id=...)` moves it to the
+start), that of two neighbours in their first hop, which the exchange has just found alive. Nothing here makes, joins
+or destroys process groups: those are the caller's.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -74,7 +79,7 @@ class Ring(BaseRing):
     def shift(self, *arrays: Any, into: Sequence[Any] | None = None) -> _Hop:
         self.alive()
         if into is None:
-            into = [torch.empty_like(array, memory_format=torch.contiguous_format) for array in arrays]
+            into = [_room(array) for array in arrays]
         hop = _Hop(self, [self._wire(array) for array in arrays], into)
         self.sent += sum(array.nbytes for array in arrays)
         return hop
@@ -86,14 +91,25 @@ class Ring(BaseRing):
         for rank in range(1, self.size):  # in rank order, so that every rank gets the same bits
             total += every[rank]
         total = total.reshape(tensor.shape)
-        return total if isinstance(value, torch.Tensor) else total.numpy()
+        if isinstance(value, torch.Tensor):
+            return total
+        return total.numpy() if total.device.type == "cpu" else _framework(value).from_dlpack(total)
 
     def exchange(self, words: str) -> list[str]:
-        device = torch.device("cpu") if "cpu" in self._kinds else _current(next(iter(self._kinds)))
         frame = words.encode()[:WORDS].ljust(WORDS)
-        every = self._gather(torch.frombuffer(bytearray(frame), dtype=torch.uint8).to(device))
-        self._see([])  # copying from a GPU would wait for a lost peer for ever
+        every = self._gather(torch.frombuffer(bytearray(frame), dtype=torch.uint8).to(self._device()))
+        self.settle()  # copying from a GPU would wait for a lost peer for ever
         return [bytes(row.tolist()).rstrip().decode(errors="replace") for row in every.cpu()]
+
+    def settle(self) -> None:
+        self._see([])
+
+    def _device(self) -> torch.device:
+        """Where words are exchanged: the CPU if the group carries its tensors, else this rank's device."""
+        if "cpu" in self._kinds:
+            return torch.device("cpu")
+        bound = getattr(self.group, "bound_device_id", None)  # of init_process_group(device_id=...)
+        return bound if bound is not None else _current(next(iter(self._kinds)))
 
     def _gather(self, mine: torch.Tensor) -> torch.Tensor:
         """`[size, length]`: every rank's vector, all of one length."""
@@ -144,6 +160,8 @@ class Ring(BaseRing):
         while len(self._unseen) > 1:
             for work in self._unseen.pop(0):
                 self._until(work.is_completed, "the other ranks")
+                # NCCL's work is completed too when it has failed, and tells so only who waits with a timeout.
+                self._guard(partial(work.wait, timedelta(seconds=self.timeout)))
 
     def _until(self, done: Callable[[], bool], what: str) -> None:
         """Poll until `done()`; for work on GPU streams."""
@@ -170,9 +188,9 @@ class Ring(BaseRing):
 
     def _wire(self, array: Any) -> torch.Tensor:
         """The array's bytes as they go over the wire, in the dtype's own width."""
-        if not isinstance(array, torch.Tensor):  # NumPy rows on a ring of PyTorch's
-            array = array if array.flags.c_contiguous and array.flags.writeable else array.copy()
-            return torch.from_numpy(array.reshape(-1).view("u1"))
+        if not isinstance(array, torch.Tensor):  # NumPy's rows, or CuPy's, on a ring of PyTorch's
+            packed = array.flags.c_contiguous and getattr(array.flags, "writeable", True)
+            return torch.from_dlpack((array if packed else array.copy()).reshape(-1).view("u1"))
         flat = array.detach().contiguous().view(-1)
         return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)  # few or no elements have any stride
 
@@ -183,7 +201,8 @@ class _Hop:
     def __init__(self, ring: Ring, outgoing: list[torch.Tensor], into: Sequence[Any]) -> None:
         self.ring, self.into, self.done = ring, tuple(into), False
         self.outgoing = outgoing  # kept until they are sent
-        self.incoming = [ring._wire(array) for array in into]
+        self.landing = [array if _packed(array) else _room(array) for array in into]
+        self.incoming = [ring._wire(array) for array in self.landing]
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         kinds = {ring._kind(tensor) for tensor in outgoing}
         self.streams = kinds == {"nccl"}
@@ -211,13 +230,20 @@ class _Hop:
             for work in self.works:
                 ring._guard(work.wait)
             ring._see(self.works)
+            if any(not isinstance(array, torch.Tensor) for array in self.into):
+                arrived = torch.cuda.Event()  # the other framework's stream knows nothing of ours
+                arrived.record()
+                ring._until(arrived.query, "the other ranks")
         else:
             deadline = time.monotonic() + ring.timeout
             for work in self.works:
                 ring._wait(work, deadline, "a neighbour")
             for tensor, here in self.staged:
                 tensor.copy_(here)
-        self.done, self.outgoing, self.incoming, self.staged, self.works = True, [], [], [], []
+        for array, landed in zip(self.into, self.landing, strict=True):
+            if landed is not array:
+                array[...] = landed
+        self.done, self.outgoing, self.landing, self.incoming, self.staged, self.works = True, [], [], [], [], []
         return self.into
 
 
@@ -260,6 +286,23 @@ def _group(handle: Any) -> Any:
         f"ring is {type(handle).__name__}: expected a ProcessGroup, a DeviceMesh of one dimension, "
         "or nibs_torch.Ring(group)."
     )
+
+
+def _packed(array: Any) -> bool:
+    """Whether its elements lie one behind the other."""
+    return bool(array.is_contiguous() if isinstance(array, torch.Tensor) else array.flags.c_contiguous)
+
+
+def _room(array: Any) -> Any:
+    """A packed array like this one, of whatever framework."""
+    if isinstance(array, torch.Tensor):
+        return torch.empty_like(array, memory_format=torch.contiguous_format)
+    return _framework(array).empty(array.shape, array.dtype)
+
+
+def _framework(array: Any) -> Any:
+    """The module of an array that is not PyTorch's: it has been imported, for it made the array."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def _kinds(group: Any) -> dict[str, str]:
