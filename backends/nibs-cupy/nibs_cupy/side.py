@@ -16,14 +16,20 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from nibs.errors import InvalidInput
+from nibs.threads import ThreadRing
 from nibs_cupy.device import Cuda
 
 __all__ = ["Parcel", "Side", "check_device"]
 
 
 def check_device(ring: Any, device: str) -> None:
-    """Raise InvalidInput where a rank's arrays are not on the device of its end of the ring."""
+    """Raise InvalidInput where the ring's end is on another device than the arrays, or the ring orders no streams."""
     side = getattr(ring, "side", None)
+    if side is None and isinstance(ring, ThreadRing) and device.startswith("cuda"):
+        raise InvalidInput(
+            "a ring of nibs.threads orders nothing between devices or streams: on GPUs use nibs_cupy.devices.run([0] * "
+            f"{ring.size}, function), whose ranks are threads too; the list says which device each has."
+        )
     if side is not None and device.partition(":")[2] not in ("", str(side.number)):
         raise InvalidInput(
             f"queries are on {device}, and rank {ring.rank} of this ring is on cuda:{side.number}: "

@@ -7,11 +7,13 @@ must be found.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -26,14 +28,15 @@ import nibs_cupy.ring
 import nibs_cupy.side
 from nibs import hookimpl
 from nibs.capabilities import Capabilities
-from nibs.errors import InvalidInput, RingError
+from nibs.errors import BackendUnavailable, InvalidInput, RingError
 from nibs.registry import registry
 from nibs.threads import run_ranks, thread_rings
 from nibs_conformance.worlds import ThreadWorld, resolve
-from nibs_cupy.device import Host
+from nibs_cupy.device import Cuda, Host
 from nibs_cupy.devices import device_rings
 from nibs_cupy.plugin import COMMUNICATORS, capabilities
 from nibs_cupy.ring import Ring, as_ring
+from nibs_cupy.world import open_ring, world
 
 KINDS = ("nccl", "devices")
 CLOCKS = ("latest", "earliest")
@@ -523,6 +526,17 @@ def test_arrays_of_another_device_are_told_to_all_ranks(host, serve, monkeypatch
     assert isinstance(here, RingError) and "rank 1 of 2 cannot take part: InvalidInput" in str(here)
 
 
+def test_threads_that_order_no_streams_are_refused_on_gpus_alone(host):
+    (ring,) = thread_rings(1)
+    (other,) = device_rings([0], device=Place(1).words(host))
+
+    with pytest.raises(InvalidInput, match=r"use nibs_cupy\.devices\.run\(\[0\] \* 1, function\)"):
+        nibs_cupy.side.check_device(ring, "cuda:0")
+    nibs_cupy.side.check_device(ring, "cpu")
+    nibs_cupy.side.check_device(other, "cuda:0")
+    nibs_cupy.side.check_device(None, "cuda:0")
+
+
 def test_no_thread_outlives_its_ring(host):
     place = Place(1)
     names = [thread.name for thread in threading.enumerate()]
@@ -533,3 +547,73 @@ def test_no_thread_outlives_its_ring(host):
 
     mine.join(20)
     assert not mine.is_alive()
+
+
+# -- the suite's worlds ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Place:
+    """The stand-in under CuPy's own names, for what imports them; two devices. Arrays are NumPy's."""
+    place = Place(2)
+
+    class Module(ModuleType):
+        __path__: tuple[str, ...] = ()
+        __version__ = "14.2.0"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+    cupy, cuda = Module("cupy"), Module("cupy.cuda")
+    vars(cuda).update(vars(place.cupy.cuda), is_available=lambda: True)
+    cupy.cuda = cuda  # type: ignore[attr-defined]
+    groups: dict[Any, list[Any]] = {}
+
+    def join(size: int, name: tuple[int, ...], rank: int) -> Any:
+        with place.changed:
+            if name not in groups:
+                groups[name] = place.communicators(list(range(size)))
+        return groups[name][rank]
+
+    names = {"get_unique_id": lambda: tuple(range(-64, 64)), "NcclCommunicator": join}
+    vars(place.cupy.cuda.nccl).update(names)
+    for name, module in (("cupy", cupy), ("cupy.cuda", cuda), ("cupy.cuda.nccl", place.cupy.cuda.nccl)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(Cuda, "address", lambda self, array: array.ctypes.data)
+    monkeypatch.setattr(Cuda, "fetch", lambda self, array: np.asarray(array))
+    return place
+
+
+def test_processes_meet_over_nccl_by_a_file(cupy, tmp_path):
+    def rank(thread: Any) -> Any:
+        ring = open_ring(thread.rank, 2, str(tmp_path), 20.0)
+        assert (ring.rank, ring.size, ring.side.number, ring.timeout) == (thread.rank, 2, thread.rank, 20.0)
+        return ring.sum(np.array([1.0 + thread.rank])).item()
+
+    assert run_ranks(thread_rings(2), rank) == [3.0, 3.0]
+
+
+def test_more_ranks_than_devices_are_refused_over_nccl(cupy, tmp_path):
+    with pytest.raises(BackendUnavailable, match="3 ranks over NCCL need 3 GPUs, one each, and 2 are here"):
+        open_ring(0, 3, str(tmp_path), 20.0)
+    with pytest.raises(RingError, match=r"rank 1 of 2 waited 0\.05 s for rank 0 to name the group"):
+        open_ring(1, 2, str(tmp_path), 0.05)
+
+
+def test_ranks_of_a_world_are_dealt_out_over_the_devices(cupy):
+    cupy.strict = False
+
+    with world(3, "cuda") as three:
+        assert three.run("stand_in:where_am_i") == [(0, 0, 3.0), (1, 1, 3.0), (2, 0, 3.0)]
+
+
+def test_the_world_is_named_by_a_variable(monkeypatch):
+    kinds = {"devices": "DeviceWorld", "threads": "ThreadWorld", "nccl": "ProcessWorld"}
+    for kind, name in kinds.items():
+        monkeypatch.setenv("NIBS_CUPY_WORLD", kind)
+        assert type(world(2, "cuda")).__name__ == name
+    monkeypatch.setenv("NIBS_CUPY_WORLD", "mpi")
+    with pytest.raises(InvalidInput, match="NIBS_CUPY_WORLD='mpi': expected devices, nccl or threads"):
+        world(2, "cuda")
+    monkeypatch.delenv("NIBS_CUPY_WORLD")
+    assert type(world(2, "host")).__name__ == "ThreadWorld"
