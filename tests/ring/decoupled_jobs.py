@@ -40,7 +40,7 @@ def train(
 
     how: `"ddp"`, `"fsdp"`, or a value of grad_reduction. settings: any of `"unused"` (parameters that nobody uses,
     found by DDP), `"two"` (a DDP module for each tower), `"lazy"` (iterables), `"accumulate"` (two steps to one
-    reduction).
+    reduction), `"host"` (embeddings stay where they are and are fetched).
     """
     accumulate = "accumulate" in settings
     expected, losses = alone(sum(sizes), name, torch.float64)
@@ -82,6 +82,9 @@ def train(
     step = nibs_torch.DecoupledStep(
         lambda left: model(left=left), lambda right: model(right=right), loss=criterion, micro_batch=(3, 2)
     )
+    if "host" in settings:
+        fetched = step
+        step = lambda *inputs, **given: fetched(*inputs, device="cpu", **given)  # noqa: E731
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.shape != (3,)], lr=0.5)
     seen = []
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -137,6 +140,40 @@ def order(expected: list[Tensor], plain: nn.Module) -> list[Tensor]:
 def _whole(parameter: Any) -> Tensor:
     value = parameter.detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def frozen(ring: Any, rank: int, size: int, together: bool) -> tuple[float, int]:
+    """One tower is frozen, inside the DDP module of both (`together`) or beside that of the other.
+
+    How far gradients are from those of one device, and how often the frozen tower ran.
+    """
+    sizes = (9, 4)
+    left, right, _, _ = data(sum(sizes), 0, torch.float64)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    runs: list[Tensor] = []
+
+    def made() -> Sides:
+        model = sides()
+        model.right.requires_grad_(False)
+        return model
+
+    alone, plain = made(), made()
+    rows, scale, bias = alone(left=left)
+    nibs.contrastive_loss(rows, alone(right=right), scale=scale, bias=bias, objective=OBJECTIVES["siglip"]).backward()
+    plain.right.register_forward_pre_hook(lambda module, inputs: runs.append(inputs[0]))
+    model: Any = plain
+    if together:
+        model = nn.parallel.DistributedDataParallel(plain)
+    else:
+        plain.left = nn.parallel.DistributedDataParallel(plain.left)
+    encoders = (lambda left: model(left=left)), (lambda right: model(right=right))
+    loss = nibs_torch.ContrastiveLoss(OBJECTIVES["siglip"], ring=ring)
+    nibs_torch.DecoupledStep(*encoders, loss=loss, micro_batch=3)(left[mine], right[mine])
+    apart = [
+        float((one.grad - other.grad).abs().max())  # type: ignore[operator]
+        for one, other in zip(plain.left.parameters(), alone.left.parameters(), strict=True)
+    ]
+    return max(apart), len(runs)
 
 
 def fail(ring: Any, rank: int, size: int, how: str, when: int, held: bool) -> tuple[str, bool, bool]:

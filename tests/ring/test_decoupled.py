@@ -73,6 +73,20 @@ def test_steps_under_no_sync_add_up_and_are_reduced_once(world: World) -> None:
         assert set(reduced.values()) == {STEPS}, reduced
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "mean"])
+def test_embeddings_that_stay_in_host_memory_train_as_on_one_device(world: World, how: str) -> None:
+    check(world(3).run("decoupled_jobs:train", (7, 1, 5), "siglip", how, ("host",)))
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_frozen_tower_on_a_ring_is_encoded_without_a_graph(world: World, together: bool) -> None:
+    for rank, (apart, runs) in enumerate(answers(world(2).run("decoupled_jobs:frozen", together))):
+        assert apart <= 1e-12
+        once = (3, 2)[rank]  # micro-batches of 3
+        # Inside a module that is trained it is found out when it is encoded again: the first and the last, no more.
+        assert runs <= once + 2
+
+
 def test_steps_add_up_unreduced_under_fsdp2(world: World) -> None:
     check(world(3).run("decoupled_jobs:train", (7, 1, 5), "siglip", "fsdp", ("accumulate",)))
 
