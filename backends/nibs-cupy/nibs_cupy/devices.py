@@ -3,8 +3,8 @@
     def rank(ring):
         return nibs.contrastive_loss_and_grad(queries[ring.rank], keys[ring.rank], ring=ring)
 
-    results = nibs_cupy.run([0, 1, 2, 3], rank)      # queries[r], keys[r]: on device r
-    results = nibs_cupy.run([0] * 8, rank)           # eight ranks on one device, to try a ring
+    results = run([0, 1, 2, 3], rank)      # queries[r], keys[r]: on device r
+    results = run([0] * 8, rank)           # eight ranks on one device, to try a ring
 
 A hop is copied as soon as both neighbours have posted it, by whichever came second, on the receiver's side stream:
 behind what the sender had computed by its `shift` and what the receiver had. Both neighbours' computing streams wait

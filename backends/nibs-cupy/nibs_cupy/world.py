@@ -1,8 +1,10 @@
 """Ranks for the conformance suite where there are GPUs: threads over the devices, or a process for each over NCCL.
 
-NIBS_CUPY_WORLD=devices    the default on `cuda`: rank r on device r modulo those that are here (`nibs_cupy.devices`)
-NIBS_CUPY_WORLD=nccl       rank r on device r; a world larger than the devices that are here says so in its results
-NIBS_CUPY_WORLD=threads    `nibs.threads`, all on the current device: the default on `host`
+    NIBS_CUPY_WORLD=devices    `nibs_cupy.devices`, ranks dealt out over the devices that are here: default on `cuda`
+    NIBS_CUPY_WORLD=nccl       rank r on device r; where there are fewer devices than ranks, every rank says so
+    NIBS_CUPY_WORLD=threads    `nibs.threads`: default on `host`, and of use there alone
+
+Nothing of the suite is imported before it asks.
 """
 
 from __future__ import annotations
