@@ -4,7 +4,8 @@
 
 CPU time of the process, the best of turns taken one after the other, so that a busy machine disturbs the ratios
 little; run it on one core (`taskset -c 0`) for figures that compare. Three products of 2 n^2 d flops are what the
-dense loss makes, and nibs where it keeps its tiles; four where it computes them again.
+dense loss makes, and nibs where it keeps its tiles; four where it computes them again. Bare, they are measured as the
+dense loss makes them, and in the shapes that nibs gives them. NIBS_JAX_KERNELS=numpy has NumPy compute nibs's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,28 @@ import numpy as np
 
 import nibs
 
+TILE = 1024
+
 
 def dense(queries: Any, keys: Any, scale: Any) -> Any:
     """The symmetric loss as everybody writes it."""
     logits = scale * queries @ keys.T
     rows, columns = (jnp.diagonal(jax.nn.log_softmax(logits, axis)).mean() for axis in (1, 0))
     return -(rows + columns) / 2
+
+
+def products(tile: int, queries: Any, keys: Any, *, turned: bool) -> Any:
+    """The bare products of n x n pairs, in tiles of `tile` rows; turned: the last one as `q^T w`, as nibs has it."""
+    weights = jnp.ones((tile, tile))
+    multiply = [jax.jit(lambda a, b: a @ b.T), jax.jit(lambda a, b: a @ b), jax.jit(lambda a, b: a.T @ b)]
+    queries, keys, times = queries[:tile], keys[:tile], (-(-len(queries) // tile)) ** 2
+    operands = [(queries, keys), (weights, keys), (queries, weights) if turned else (weights, queries)]
+
+    def call() -> None:
+        for _ in range(times):
+            jax.block_until_ready([one(*both) for one, both in zip(multiply, operands, strict=True)])
+
+    return call
 
 
 def main() -> None:
@@ -39,7 +56,7 @@ def main() -> None:
     queries = r.standard_normal((n, d)).astype(np.float32)
     sides = [queries, queries + r.standard_normal((n, d)).astype(np.float32)]
     queries, keys = (jnp.asarray(side / np.linalg.norm(side, axis=1, keepdims=True)) for side in sides)
-    kept = nibs.plan(n, n, d, query_tile=min(n, 1024), key_tile=min(n, 1024), sweep="keep")
+    kept = nibs.plan(n, n, d, query_tile=min(n, TILE), key_tile=min(n, TILE), sweep="keep")
     losses = {
         "dense": dense,
         "nibs": lambda q, k, s: nibs.contrastive_loss(q, k, scale=s),
@@ -53,10 +70,8 @@ def main() -> None:
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
         print(f"{name}: compiled in {time.process_time() - begun:.2f} s, {memory:.0f} MiB of temporaries", flush=True)
         calls[name] = lambda compiled=compiled: compiled(queries, keys, 14.3)
-    weights = jnp.ones((n, n))
-    multiply = [jax.jit(lambda a, b: a @ b.T), jax.jit(lambda a, b: a @ b), jax.jit(lambda a, b: a.T @ b)]
-    operands = [(queries, keys), (weights, keys), (weights, queries)]
-    calls["three products"] = lambda: [one(*both) for one, both in zip(multiply, operands, strict=True)]
+    calls["three products"] = products(n, queries, keys, turned=False)
+    calls["three, in tiles"] = products(min(n, TILE), queries, keys, turned=True)
     best = dict.fromkeys(calls, float("inf"))
     for turn in range(options.turns + 1):
         for name, call in calls.items():

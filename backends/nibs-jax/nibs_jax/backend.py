@@ -31,7 +31,7 @@ from nibs_jax.ring import Ring, axis_names, manual, varies, vary
 from nibs_jax.schedule import Call, Inputs
 from nibs_jax.sharded import loss_and_grad_over, loss_over, mesh_of
 
-CPU_HINT = TileHint(rows=2048, columns=2048, buffers=3.0, masked=3.0, kernel="xla")
+CPU_HINT = TileHint(rows=1024, columns=1024, buffers=3.0, masked=3.0, kernel="xla")
 DEVICE_HINT = TileHint(rows=4096, columns=4096, buffers=3.0, masked=3.0, kernel="xla")
 DTYPES = {
     "float64": np.float64,

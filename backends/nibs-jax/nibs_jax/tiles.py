@@ -3,7 +3,8 @@
     products      c [r, c] = q [r, d] @ k^T [d, c], in the accumulation dtype; the logits are s = scale c + bias
     tile_lse      a symmetric loss takes one maximum u and one exponential E = exp(s - u + HEAD): row masses
                   are E's row sums, column masses its column sums
-    tile_grad     g = E' (rows) + E' (columns) - targets, with one exponential E' again
+    tile_grad     g = E' (rows) + E' (columns) - targets, with one exponential E' again; then g k, and g^T q or,
+                  turned, q^T g
 
 Sharing the exponential is exact as long as no row or column sinks out of float32's range below the
 tile's maximum; both verbs test for that (`LOW`, `SPREAD`) and take the other branch of a `lax.cond`,
@@ -17,6 +18,7 @@ Equations are those of `nibs.spec`. Nothing here knows of batches, rings or budg
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -55,7 +57,8 @@ class Rules(NamedTuple):
 class Tile(NamedTuple):
     """One tile of pairs. queries `[r, d]`, keys `[c, d]`: absent rows zero. Vectors `[r]` or `[c]`, or None.
 
-    query_mask, key_mask: who takes part in this tile. targets: where in the tile each row's designated
+    columns: `0 .. c - 1`, as an array: compared with a counter of their own, targets cost XLA on a CPU more than
+    the exponential. query_mask, key_mask: who takes part in this tile. targets: where in the tile each row's designated
     positive is (outside it: nowhere here), None away from home. self_index: likewise the key that
     `exclude_self` leaves out. exact: products of the designated pairs where a margin had them computed first.
     query_limit, key_limit: the product above which a negative is dropped. anchor_weights `[r]`.
@@ -63,6 +66,7 @@ class Tile(NamedTuple):
 
     queries: Any
     keys: Any
+    columns: Any
     query_mask: Any = None
     key_mask: Any = None
     query_ids: Any = None
@@ -107,7 +111,7 @@ class Pairs:
     def __init__(self, tile: Tile, rules: Rules) -> None:
         self.tile, self.rules = tile, rules
         self.shape = (tile.queries.shape[0], tile.keys.shape[0])
-        columns = lax.broadcasted_iota(jnp.int32, (1, self.shape[1]), 1)
+        columns = tile.columns[None, :]
         self.designated = None if tile.targets is None else tile.targets[:, None] == columns
         self.mine = None if tile.self_index is None else tile.self_index[:, None] == columns
         if rules.multi or rules.exclude:
@@ -167,8 +171,7 @@ def products(tile: Tile, rules: Rules, accumulator: Any) -> Any:
         preferred_element_type=accumulator,
     )
     if tile.exact is not None and tile.targets is not None:
-        columns = lax.broadcasted_iota(jnp.int32, (1, found.shape[1]), 1)
-        found = jnp.where(tile.targets[:, None] == columns, tile.exact[:, None], found)
+        found = jnp.where(tile.targets[:, None] == tile.columns[None, :], tile.exact[:, None], found)
     return found
 
 
@@ -199,7 +202,7 @@ def tile_lse(tile: Tile, rules: Rules, raw: Any, scale: Any, bias: Any) -> tuple
         terms = _softplus(_flip(pairs, logits))
         rows["mass"] = _only(pairs.allowed, terms, 0).sum(1)
     elif rules.rows and rules.columns and not rules.margin:
-        (rows["mass"], rows["shift"]), (columns["mass"], columns["shift"]) = _shared(tile, logits, pairs.allowed)
+        (rows["mass"], rows["shift"]), (columns["mass"], columns["shift"]) = _shared(tile, raw, scale, pairs.allowed)
     else:
         if rules.rows:
             rows["mass"], rows["shift"] = _masses(logits, pairs.by_row, 1)
@@ -224,29 +227,31 @@ def _masses(logits: Any, permitted: Any, axis: int) -> tuple[Any, Any]:
     return mass, jnp.where(empty, jnp.finfo(logits.dtype).min, highest)
 
 
-def _shared(tile: Tile, logits: Any, permitted: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def _shared(tile: Tile, raw: Any, scale: Any, permitted: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Both sides' masses and shifts from one exponential, or from two where it would underflow."""
-    hidden = _only(permitted, logits, -jnp.inf)
-    top = hidden.max()
+    hidden = _only(permitted, raw * scale, -jnp.inf)
+    # Reductions stand alone on a CPU: one of the logits would have them written first, one of the products has not.
+    top = jnp.where(scale < 0, raw.min(), raw.max()) * scale if permitted is None else hidden.max()
     shift = jnp.where(top == -jnp.inf, 0, top)
     lifted = shift - HEAD
     back = jnp.exp(lifted - shift)  # e^-HEAD, less what the line above rounded away
     exponential = jnp.exp(hidden - lifted)
     row_mass, column_mass = exponential.sum(1), exponential.sum(0)
     least = jnp.concatenate([_of_those(tile.query_mask, row_mass), _of_those(tile.key_mask, column_mass)]).min()
-    lowest = jnp.finfo(logits.dtype).min
+    lowest = jnp.finfo(raw.dtype).min
 
-    def together(_: Any) -> Any:
+    def together() -> Any:
         sides = []
         for mass, mask in ((row_mass, tile.query_mask), (column_mass, tile.key_mask)):
             shifts = jnp.broadcast_to(shift, mass.shape)
             sides.append((mass * back, shifts if mask is None else jnp.where(mask, shifts, lowest)))
         return tuple(sides)
 
-    def apart(raw: Any) -> Any:
-        return _masses(raw, permitted, 1), _masses(raw, permitted, 0)
+    def apart() -> Any:
+        logits = raw * scale
+        return _masses(logits, permitted, 1), _masses(logits, permitted, 0)
 
-    return lax.cond(least >= LOW, together, apart, logits)
+    return lax.cond(least >= LOW, together, apart)
 
 
 def _of_those(mask: Any, mass: Any) -> Any:
@@ -303,87 +308,101 @@ def merge_lse(into: Lse, part: Lse) -> Lse:
 def tile_grad(
     tile: Tile,
     rules: Rules,
-    raw: Any,
+    raw: Callable[[], Any],
     scale: Any,
     bias: Any,
     rows: Weights | None,
     columns: Weights | None,
     wanted: tuple[bool, bool],
+    turned: bool,
 ) -> tuple[Any, Any, Any, Any]:
-    """`g k [r, d]` and `g^T q [c, d]` in the accumulation dtype where wanted, then `sum g c` and `sum g` likewise."""
-    pairs = Pairs(tile, rules)
-    if rules.margin:
-        pairs.drop_beyond_margin(raw)
-    logits = _logits(raw, scale, bias)
+    """`g k [r, d]` and `g^T q [c, d]` in the accumulation dtype where wanted, then `sum g c` and `sum g` likewise.
+
+    raw: reads the tile's products. turned: the second as `q^T g [d, c]`, which XLA multiplies faster on a CPU.
+    """
     if rules.softmax:
-        weights = _softmax_weights(pairs, logits, rows, columns)
+        weights = _softmax_weights(tile, rules, raw, scale, rows, columns)
     else:
         assert rows is not None
-        weights = _sigmoid_weights(pairs, logits) * rows.factor[:, None]
+        weights = _sigmoid_weights(Pairs(tile, rules), _logits(raw(), scale, bias)) * rows.factor[:, None]
     into = onto = product = weight = None
     if rules.total_weight:
         weight = weights.sum()
     if rules.total_product:
-        product = (weights * raw).sum()
+        product = (weights * raw()).sum()
     narrow = weights.astype(tile.keys.dtype) if rules.rounded else weights
     if wanted[0]:
-        into = _product(narrow, tile.keys, 1, rules, raw.dtype)
+        into = _product(narrow, tile.keys, 1, rules, weights.dtype)
     if wanted[1]:
-        onto = _product(narrow, tile.queries, 0, rules, raw.dtype)
+        both = (tile.queries, narrow) if turned else (narrow, tile.queries)
+        onto = _product(*both, 0, rules, weights.dtype)
     return into, onto, product, weight
 
 
-def _product(weights: Any, rows: Any, axis: int, rules: Rules, accumulator: Any) -> Any:
-    if weights.dtype != rows.dtype:
-        rows = rows.astype(weights.dtype)
+def _product(left: Any, right: Any, axis: int, rules: Rules, accumulator: Any) -> Any:
+    dtype = jnp.promote_types(left.dtype, right.dtype)
     return lax.dot_general(
-        weights,
-        rows,
+        left.astype(dtype),
+        right.astype(dtype),
         (((axis,), (0,)), ((), ())),
         precision=PRECISION[rules.precision],
         preferred_element_type=accumulator,
     )
 
 
-def _softmax_weights(pairs: Pairs, logits: Any, rows: Weights | None, columns: Weights | None) -> Any:
-    """`g_ij` of equation (2), both directions summed."""
-    sides = [
-        (side, axis, ok)
-        for side, axis, ok in ((rows, 1, pairs.by_row), (columns, 0, pairs.by_column))
-        if side is not None
-    ]
+def _softmax_weights(
+    tile: Tile, rules: Rules, raw: Callable[[], Any], scale: Any, rows: Weights | None, columns: Weights | None
+) -> Any:
+    """`g_ij` of equation (2), both directions summed.
 
-    def apart(logits: Any) -> Any:
+    Each branch reads the products and compares the pairs itself: XLA writes down what it hands to a branch, and
+    makes one loop of what it finds there.
+    """
+
+    def seen() -> tuple[Any, Pairs, list[tuple[Weights, int, Any]]]:
+        """The products, the pairs, and each side with its axis and the pairs that it allows."""
+        pairs, products = Pairs(tile, rules), raw()
+        if rules.margin:
+            pairs.drop_beyond_margin(products)
+        sides = ((rows, 1, pairs.by_row), (columns, 0, pairs.by_column))
+        return products, pairs, [(side, axis, allowed) for side, axis, allowed in sides if side is not None]
+
+    def apart() -> Any:
+        raw, pairs, sides = seen()
         total = 0
         for side, axis, permitted in sides:
-            exponent = _only(permitted, logits, -jnp.inf) - jnp.expand_dims(side.shift, axis)
+            exponent = _only(permitted, raw * scale, -jnp.inf) - jnp.expand_dims(side.shift, axis)
             total = total + jnp.exp(jnp.minimum(exponent, TOP)) * jnp.expand_dims(side.factor, axis)
-        return total
+        return _less_targets(total, pairs, sides)
 
-    if len(sides) == 2 and not pairs.rules.margin:
-        shifts = jnp.concatenate([side.shift for side, _, _ in sides])
-        real = jnp.isfinite(shifts)
-        low, high = jnp.where(real, jnp.stack([shifts, -shifts]), jnp.inf).min(1)
-        high, none = -high, low > -high
-        middle = jnp.where(none, 0, (low + high) / 2)
+    if rows is None or columns is None or rules.margin:
+        return apart()
+    shifts = jnp.concatenate([rows.shift, columns.shift])
+    real = jnp.isfinite(shifts)
+    low, high = jnp.where(real, jnp.stack([shifts, -shifts]), jnp.inf).min(1)
+    high, none = -high, low > -high
+    middle = jnp.where(none, 0, (low + high) / 2)
 
-        def together(logits: Any) -> Any:
-            exponent = _only(pairs.allowed, logits, -jnp.inf) - middle
-            exponential = jnp.exp(jnp.minimum(exponent, TOP))
-            factors = [jnp.expand_dims(side.factor * jnp.exp(middle - side.shift), axis) for side, axis, _ in sides]
-            return exponential * (factors[0] + factors[1])
+    def together() -> Any:
+        raw, pairs, sides = seen()
+        exponent = _only(pairs.allowed, raw * scale, -jnp.inf) - middle
+        exponential = jnp.exp(jnp.minimum(exponent, TOP))
+        factors = [jnp.expand_dims(side.factor * jnp.exp(middle - side.shift), axis) for side, axis, _ in sides]
+        return _less_targets(exponential * (factors[0] + factors[1]), pairs, sides)
 
-        weights = lax.cond(none | (high - low <= SPREAD), together, apart, logits)
-    else:
-        weights = apart(logits)
+    return lax.cond(none | (high - low <= SPREAD), together, apart)
+
+
+def _less_targets(weights: Any, pairs: Pairs, sides: list[tuple[Weights, int, Any]]) -> Any:
+    """The softmax less what it aims at: each side's share of its positives, and of all that it allows."""
     for side, axis, permitted in sides:
         if side.smooth is not None:
-            weights = weights - _only(permitted, jnp.broadcast_to(jnp.expand_dims(side.smooth, axis), logits.shape), 0)
+            smooth = jnp.broadcast_to(jnp.expand_dims(side.smooth, axis), weights.shape)
+            weights = weights - _only(permitted, smooth, 0)
     found = pairs.positive
-    if found is not None:
-        target = sum(jnp.expand_dims(side.target, axis) for side, axis, _ in sides)
-        weights = weights - jnp.where(found, target, 0)
-    return weights
+    if found is None:
+        return weights
+    return weights - jnp.where(found, sum(jnp.expand_dims(side.target, axis) for side, axis, _ in sides), 0)
 
 
 def _softplus(signed: Any) -> Any:
