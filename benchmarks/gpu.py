@@ -1,13 +1,21 @@
-"""The fused kernels of nibs-torch on a GPU, beside dense PyTorch and whichever peers are installed: never run yet.
+"""The fused kernels of nibs-torch on a GPU, beside dense PyTorch and whichever peers are installed.
 
-    python benchmarks/gpu.py --output benchmarks/results/gpu.json
+    python benchmarks/gpu.py --output benchmarks/results/gpu.json                     tune, check, speed: some minutes
+    python benchmarks/gpu.py --parts ring large --output benchmarks/results/gpu.json  4,194,304 rows: some minutes more
+    python benchmarks/gpu.py --device cpu --n 96 --d 16 --rows 32 --copies 2          what it does, where there is none
 
-For each width: correctness first (loss and gradients of a few rows against float64, from the same call), then the
-median of CUDA-event times of forward and backward, in turns within one run, and the peak memory beyond inputs and
-gradients. One row that fails is a row with its reason. The JSON names machine, versions, command and date; figures
-belong in docs/performance.md only with that file beside them.
+    part     what
+    tune     the tuning table's choices timed, the fastest kept for the other parts (`nibs_torch.kernels.tuning`)
+    check    bits from run to run, a CUDA graph's replay against the eager step, who computes
+    speed    forward and backward of `--n` rows at each `--d`, in turns within one run: time, memory, and first the
+             distance of loss and gradients from float64. `beyond`: bytes beyond inputs and gradients
+    ring     one rank of eight in one process: a step whose shards are copied by another stream, as a link would,
+             against the same step on a ring that moves nothing. The difference is what was exposed
+    large    `--copies` times the batch, the same rows again and again: its loss is the small one's and log(copies),
+             each gradient the small one's over copies, the scale's the same; so every row can be checked
 
-Refused: a machine without a CUDA device, for there is nothing to say about it.
+A contender that fails is a row with its reason. `--output` keeps each part, with machine, versions, command and date,
+in a file where other parts may stand already; tables go to the screen. Nothing is begun after `--seconds`.
 """
 
 from __future__ import annotations
@@ -17,10 +25,13 @@ import contextlib
 import datetime
 import importlib
 import json
+import math
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,50 +39,110 @@ from typing import Any
 import torch
 
 import nibs
+from nibs.ring import Ring
 
 SCALE = 14.3
 BIAS = -10.0
 SAMPLE = 64  # rows whose gradients are held against float64
 DENSE_BYTES = 3 * 4  # that dense PyTorch holds for each pair, at least
+RANKS = 8
+PARTS = ("tune", "check", "speed", "ring", "large")
+# Milliseconds that are asked of an H200 at 65,536 rows: required, and hoped for.
+ASKED = {
+    ("InfoNCE", 512): (30, 26),
+    ("InfoNCE", 768): (45, 38),
+    ("InfoNCE", 1024): (60, 51),
+    ("Sigmoid", 768): (33, 29),
+}
+# Of the largest gradient: a stored bfloat16 is off by 2^-9 of itself, and its weights by as much again.
+GRADIENT = 2.0**-7
+FLOAT32 = 1e-5  # of losses and scale gradients, relative: sums of n n terms, each right to 1e-7
 
 
-def batch(n: int, d: int) -> tuple[Any, Any, Any]:
+class Where:
+    """A device, its clock and its memory; on a CPU there is no memory to tell, and the clock is the host's."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.gpu = name, name == "cuda"
+
+    def wait(self) -> None:
+        """Until all is done."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, work: Callable[[], Any]) -> float:
+        """Of one run, by events of the device."""
+        if not self.gpu:
+            begin = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - begin)
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin_event.record()
+        work()
+        end_event.record()
+        end_event.synchronize()
+        return float(begin_event.elapsed_time(end_event))
+
+    def median(self, work: Callable[[], Any], repeats: int, warm: int = 2) -> float:
+        """After some that do not count."""
+        return statistics.median([self.milliseconds(work) for _ in range(repeats + warm)][warm:])
+
+    def held(self) -> int:
+        """Bytes of live tensors."""
+        return torch.cuda.memory_allocated() if self.gpu else 0
+
+    def peak(self, work: Callable[[], Any]) -> int:
+        """The most bytes of live tensors while it works."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        work()
+        self.wait()
+        return torch.cuda.max_memory_allocated() if self.gpu else 0
+
+    def forget(self) -> None:
+        """Give cached memory back."""
+        if self.gpu:
+            torch.cuda.empty_cache()
+
+    def describe(self) -> str:
+        """The machine, in words."""
+        return torch.cuda.get_device_name() if self.gpu else f"a CPU, {platform.machine()}"
+
+
+def batch(where: Where, n: int, d: int) -> tuple[Any, Any, Any]:
     """Normalised bfloat16 rows, keys near their queries, and a learnable scale."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    queries, noise = (torch.randn(n, d, generator=generator, device="cuda") for _ in range(2))
+    generator = torch.Generator(where.name).manual_seed(0)
+    queries, noise = (torch.randn(n, d, generator=generator, device=where.name) for _ in range(2))
     keys = queries + noise
     rows = [torch.nn.functional.normalize(one).bfloat16().requires_grad_() for one in (queries, keys)]
-    return rows[0], rows[1], torch.tensor(SCALE, device="cuda", requires_grad=True)
+    return rows[0], rows[1], torch.tensor(SCALE, device=where.name, requires_grad=True)
 
 
 # -- contenders -----------------------------------------------------------------------------------
 
 
-def ours(objective: Any) -> Callable[..., Any]:
+def ours(objective: Any, where: Where, **options: Any) -> Callable[..., Any]:
     """What a user calls."""
     bias = 0.0 if isinstance(objective, nibs.InfoNCE) else BIAS
 
     def loss(queries: Any, keys: Any, scale: Any) -> Any:
-        return nibs.contrastive_loss(queries, keys, scale=scale, bias=bias, objective=objective)
+        return nibs.contrastive_loss(queries, keys, scale=scale, bias=bias, objective=objective, **options)
 
     return loss
 
 
-def plain(objective: Any) -> Callable[..., Any]:
+def plain(objective: Any, where: Where) -> Callable[..., Any]:
     """The same without the fused kernels, by a plan that asks for the plain path."""
-    bias = 0.0 if isinstance(objective, nibs.InfoNCE) else BIAS
 
     def loss(queries: Any, keys: Any, scale: Any) -> Any:
-        from dataclasses import replace
-
-        made = nibs.plan(len(queries), len(keys), queries.shape[1], "bfloat16", objective=objective, device="cuda")
+        made = nibs.plan(*queries.shape[:1], *keys.shape, "bfloat16", objective=objective, device=where.name)
         asked = replace(made, query_tile=4096, key_tile=4096, kernel="torch")
-        return nibs.contrastive_loss(queries, keys, scale=scale, bias=bias, objective=objective, plan=asked)
+        return ours(objective, where, plan=asked)(queries, keys, scale)
 
     return loss
 
 
-def dense(objective: Any) -> Callable[..., Any]:
+def dense(objective: Any, where: Where) -> Callable[..., Any]:
     """PyTorch with the whole matrix."""
 
     def symmetric(queries: Any, keys: Any, scale: Any) -> Any:
@@ -88,7 +159,7 @@ def dense(objective: Any) -> Callable[..., Any]:
     return symmetric if isinstance(objective, nibs.InfoNCE) else sigmoid
 
 
-def inf_cl(objective: Any) -> Callable[..., Any]:
+def inf_cl(objective: Any, where: Where) -> Callable[..., Any]:
     """Both directions, as its users call it."""
     flash = importlib.import_module("inf_cl").cal_flash_loss
 
@@ -101,132 +172,402 @@ def inf_cl(objective: Any) -> Callable[..., Any]:
     return loss
 
 
-def memeff(objective: Any) -> Callable[..., Any]:
+def memeff(objective: Any, where: Where) -> Callable[..., Any]:
     """Memeff's loss; stable=False, or its gradient is not that of its loss. It has none of the scale."""
     made = importlib.import_module("memeff").MemoryEfficientCLIPLoss
     unscaled = made(temperature=1 / SCALE, normalized_inputs=True, stable=False)
     return lambda queries, keys, scale: unscaled(queries, keys)
 
 
-def siglip_kernel(objective: Any) -> Callable[..., Any]:
+def siglip_kernel(objective: Any, where: Where) -> Callable[..., Any]:
     """siglip-kernel's fused loss by the kernel that it picks."""
     fused = importlib.import_module("siglip_kernel").fused_siglip_loss
-    bias = torch.tensor(BIAS, device="cuda")
+    bias = torch.tensor(BIAS, device=where.name)
     return lambda queries, keys, scale: fused(queries, keys, scale.log(), bias, backend="auto")
 
 
-BESIDE = {"dense torch": dense, "nibs plain": plain}
-PEERS = {
-    nibs.InfoNCE: {"inf-cl": inf_cl, "memeff": memeff},
-    nibs.Sigmoid: {"siglip-kernel": siglip_kernel},
+CONTENDERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "InfoNCE": {"nibs": ours, "nibs plain": plain, "dense torch": dense, "inf-cl": inf_cl, "memeff": memeff},
+    "Sigmoid": {"nibs": ours, "nibs plain": plain, "dense torch": dense, "siglip-kernel": siglip_kernel},
 }
+OBJECTIVES = {"InfoNCE": nibs.InfoNCE(), "Sigmoid": nibs.Sigmoid()}
 
 
-# -- measuring ------------------------------------------------------------------------------------
+# -- what is right --------------------------------------------------------------------------------
 
 
-def step(loss: Callable[..., Any], queries: Any, keys: Any, scale: Any) -> Any:
+def step(loss: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     """Forward and backward."""
-    value = loss(queries, keys, scale)
-    value.backward()
-    return value
-
-
-def clear(*tensors: Any) -> None:
-    """Forget gradients."""
-    for one in tensors:
+    for one in inputs:
         one.grad = None
+    value = loss(*inputs)
+    value.backward()
+    return value.detach()
 
 
-def milliseconds(loss: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> list[float]:
-    """CUDA-event times of forward and backward, after two that do not count."""
-    times = []
-    for turn in range(repeats + 2):
-        clear(*inputs)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step(loss, *inputs)
-        end.record()
-        end.synchronize()
-        if turn >= 2:
-            times.append(begin.elapsed_time(end))
-    return times
-
-
-def beyond(loss: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
-    """Peak bytes beyond inputs and gradients."""
-    clear(*inputs)
-    step(loss, *inputs)
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    clear(*inputs)
-    torch.cuda.reset_peak_memory_stats()
-    step(loss, *inputs)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - held
-
-
-def errors(loss: Callable[..., Any], inputs: tuple[Any, ...], objective: Any) -> dict[str, float | None]:
-    """Largest differences from float64: of the loss, of sampled query gradients, of the scale's gradient."""
-    clear(*inputs)
-    found = float(step(loss, *inputs).detach())
+def truth(inputs: tuple[Any, ...], objective: Any) -> tuple[float, Any, float]:
+    """In float64, strip by strip: the loss, gradients of the first queries, and the scale's gradient."""
     queries, keys, scale = (one.detach().double() for one in inputs)
     n = len(queries)
     softmax = isinstance(objective, nibs.InfoNCE)
-    total = torch.zeros((), dtype=torch.float64, device="cuda")
-    slope = torch.zeros_like(total)
-    rows = torch.empty(n, dtype=torch.float64, device="cuda")
-    columns = torch.full((n,), -torch.inf, dtype=torch.float64, device="cuda")
+    total, slope = queries.new_zeros(()), queries.new_zeros(())
+    rows, columns = queries.new_empty(n), queries.new_full((n,), -torch.inf)
     strips = [slice(begin, min(begin + 1024, n)) for begin in range(0, n, 1024)]
     if softmax:
         for where in strips:
             logits = scale * (queries[where] @ keys.T)
             rows[where] = logits.logsumexp(1)
             columns = torch.logaddexp(columns, logits.logsumexp(0))
-    expected = torch.empty(SAMPLE, queries.shape[1], dtype=torch.float64, device="cuda")
+    expected = queries.new_empty(0)
     for where in strips:
         products = queries[where] @ keys.T
-        here = torch.arange(where.start, where.stop, device="cuda")
-        eye = torch.zeros_like(products).index_put_((here - where.start, here), torch.ones((), device="cuda").double())
+        positives = products.diagonal(where.start)[: len(products)].clone()
         if softmax:
-            logits = scale * products
-            weights = (logits - rows[where, None]).exp() + (logits - columns[None]).exp() - 2 * eye
-            total += (rows[where] + columns[where] - 2 * (logits * eye).sum(1)).sum() / 2
+            weights = (scale * products - rows[where, None]).exp_()
+            weights += (scale * products - columns[None]).exp_()
+            weights.diagonal(where.start).sub_(2)
+            total += (rows[where] + columns[where] - 2 * scale * positives).sum() / 2
             weights /= 2
         else:
-            signed = (scale * products + BIAS) * (1 - 2 * eye)
-            weights = torch.sigmoid(signed) * (1 - 2 * eye)
+            signed = scale * products + BIAS
+            signed.diagonal(where.start).neg_()
+            weights = torch.sigmoid(signed)
+            weights.diagonal(where.start).neg_()
             total += torch.nn.functional.softplus(signed).sum()
         slope += (weights * products).sum() / n
         if where.start == 0:
             expected = scale * (weights[:SAMPLE] @ keys) / n
-    gradient = inputs[0].grad[:SAMPLE].double()
+    return float(total) / n, expected, float(slope)
+
+
+def errors(value: Any, inputs: tuple[Any, ...], right: tuple[float, Any, float]) -> dict[str, float | None]:
+    """Distances from the truth: of the loss and of the scale's gradient, relative to the larger of it and 1; of query
+    gradients, relative to the largest.
+    """
+    loss, gradient, slope = right
+    found = inputs[0].grad[:SAMPLE].double()
+    of_scale = None if inputs[2].grad is None else abs(float(inputs[2].grad) - slope) / max(abs(slope), 1.0)
     return {
-        "loss": abs(found - float(total) / n),
-        "queries": float((gradient - expected).abs().max() / expected.abs().max()),
-        "scale": None if inputs[2].grad is None else abs(float(inputs[2].grad) - float(slope)),
+        "loss": abs(float(value) - loss) / max(abs(loss), 1.0),
+        "queries": float((found - gradient).abs().max() / gradient.abs().max()),
+        "scale": of_scale,
     }
 
 
-def measured(name: str, make: Any, objective: Any, inputs: tuple[Any, ...], repeats: int) -> dict[str, Any]:
-    """One contender's row; a failure is its reason."""
-    kind = type(objective).__name__
-    n, d = inputs[0].shape
-    row: dict[str, Any] = {"contender": name, "objective": kind, "n": n, "d": d, "dtype": "bfloat16"}
-    free = torch.cuda.mem_get_info()[0]
-    if name == "dense torch" and DENSE_BYTES * n * n > free:
-        return {**row, "failed": f"needs {DENSE_BYTES * n * n} bytes, {free} are free"}
-    try:
-        loss = make(objective)
-        row["error"] = errors(loss, inputs, objective)
-        times = milliseconds(loss, inputs, repeats)
-        row.update(median_ms=statistics.median(times), least_ms=min(times), beyond_bytes=beyond(loss, inputs))
-    except Exception as error:  # a peer may fail in its own way, and the others still want their turn
-        row["failed"] = f"{type(error).__name__}: {error}"
-    finally:
-        clear(*inputs)
-        torch.cuda.empty_cache()
-    return row
+def is_right(found: dict[str, float | None]) -> bool:
+    """As right as nibs has to be. NaN is not."""
+    limits = {"loss": FLOAT32, "queries": GRADIENT, "scale": FLOAT32}
+    return all(value is None or value <= limits[name] for name, value in found.items())
+
+
+# -- the parts ------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run: its options, its device and its deadline."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.where = options, Where(options.device)
+        self.until = time.monotonic() + options.seconds
+
+    def late(self) -> bool:
+        """Whether nothing more may begin."""
+        return time.monotonic() > self.until
+
+    def tune(self) -> list[dict[str, Any]]:
+        """Each choice of the tuning table, timed on this card; the fastest is kept."""
+        if not self.where.gpu:
+            return [{"failed": "tuning times kernels on a GPU"}]
+        from nibs_torch.fused import time_config
+        from nibs_torch.kernels import tuning
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        card = tuning.card_of(device)
+        asked = argparse.Namespace(rows=min(self.options.n, 11_264), dim=768, dtype="bfloat16")
+        rows = []
+        for kernel in ("lse", "weights", "sigmoid"):
+            times = tuning.tune(card, kernel, 2, lambda one, name=kernel: time_config(name, one, device, asked))
+            flops = 2 * asked.rows**2 * asked.dim
+            for config, taken in times.items():
+                rows.append({"kernel": kernel, "config": str(config), "ms": taken, "tflops": flops / taken / 1e9})
+            self.where.forget()
+        return rows
+
+    def check(self) -> list[dict[str, Any]]:
+        """Facts that are no times."""
+        rows: list[dict[str, Any]] = []
+        n, d = min(self.options.n, 16_384), self.options.d[0]
+        for name, objective in OBJECTIVES.items():
+            inputs = batch(self.where, n, d)
+            loss = ours(objective, self.where)
+            kernel = nibs.contrastive_loss(*inputs[:2], objective=objective, stats=True)[1].plan.kernel
+            first = [step(loss, inputs), *(one.grad.clone() for one in inputs)]
+            again = [step(loss, inputs), *(one.grad for one in inputs)]
+            row = {"objective": name, "n": n, "d": d, "kernel": kernel}
+            row["same bits again"] = all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+            row["error"] = errors(first[0], inputs, truth(inputs, objective))
+            row["right"] = is_right(row["error"])
+            row["graph"] = self._replayed(loss, inputs, first) if self.where.gpu else "needs a GPU"
+            rows.append(row)
+        return rows
+
+    def _replayed(self, loss: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Any]) -> str:
+        """Whether a captured step gives the same bits."""
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step(loss, inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                value = step(loss, inputs)
+            for one in inputs:
+                one.grad.fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            found = [value, *(one.grad for one in inputs)]
+            alike = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            return "same bits" if alike else "other bits"
+        except Exception as error:  # said in its row: the rest of the run does not need it
+            return f"{type(error).__name__}: {error}"
+
+    def speed(self) -> list[dict[str, Any]]:
+        """Forward and backward of every contender."""
+        rows = [self._ceilings()]
+        for name, objective in OBJECTIVES.items():
+            for d in self.options.d:
+                inputs = batch(self.where, self.options.n, d)
+                right = None if self.late() else truth(inputs, objective)
+                for contender, make in CONTENDERS[name].items():
+                    row = {"contender": contender, "objective": name, "n": self.options.n, "d": d, "dtype": "bfloat16"}
+                    if right is None or self.late():
+                        row["failed"] = "no time was left"
+                    else:
+                        row.update(self._measured(contender, make, objective, inputs, right))
+                    rows.append(row)
+                    print(json.dumps(row), file=sys.stderr, flush=True)
+                del inputs, right
+                self.where.forget()
+        return rows
+
+    def _ceilings(self) -> dict[str, Any]:
+        """What the library's product and a copy reach here, on random numbers."""
+        side = 8192 if self.where.gpu else 128
+        one, other = (torch.randn(side, side, device=self.where.name, dtype=torch.bfloat16) for _ in range(2))
+        product = self.where.median(lambda: one @ other, 10)
+        wide = torch.empty((1 << 30) if self.where.gpu else 1 << 16, device=self.where.name)
+        into = torch.empty_like(wide)
+        copy = self.where.median(lambda: into.copy_(wide), 10)
+        bandwidth = 2 * wide.numel() * 4 / copy / 1e9
+        return {"contender": "ceilings", "product_tflops": 2 * side**3 / product / 1e9, "copy_tb_s": bandwidth}
+
+    def _measured(self, name: str, make: Any, objective: Any, inputs: Any, right: Any) -> dict[str, Any]:
+        where, n = self.where, len(inputs[0])
+        if name == "dense torch" and where.gpu and DENSE_BYTES * n * n > torch.cuda.mem_get_info()[0]:
+            return {"failed": f"needs {DENSE_BYTES * n * n} bytes"}
+        try:
+            loss = make(objective, where)
+            found = errors(step(loss, inputs), inputs, right)
+            held = where.held()
+            for one in inputs:
+                one.grad = None
+            beyond = where.peak(lambda: step(loss, inputs)) - held
+            row: dict[str, Any] = {"error": found, "right": is_right(found), "beyond_bytes": beyond}
+            row["copies"] = beyond / (4 * inputs[0].numel())
+            row["median_ms"] = self._of_steps(loss, inputs)
+            if name == "nibs":
+                row["kernels"] = profile(where, lambda: step(loss, inputs))
+                made = nibs.plan(
+                    n, *inputs[1].shape, "bfloat16", objective=objective, backend="torch", device=where.name
+                )
+                row.update(plan_workspace=made.workspace, kernel=made.kernel, products=made.products)
+            return row
+        except Exception as error:  # a peer may fail in its own way, and the others still want their turn
+            return {"failed": f"{type(error).__name__}: {error}"[:300]}
+        finally:
+            for one in inputs:
+                one.grad = None
+            where.forget()
+
+    def ring(self) -> list[dict[str, Any]]:
+        """One rank of eight, whose peers hold what it holds."""
+        rows = []
+        for name, objective in OBJECTIVES.items():
+            for local in self.options.rows:
+                d = 768 if self.where.gpu else self.options.d[0]
+                row: dict[str, Any] = {"objective": name, "ranks": RANKS, "rows": local, "d": d}
+                rows.append(row)
+                if self.late():
+                    row["failed"] = "no time was left"
+                    continue
+                inputs = batch(self.where, local, d)
+                small = step(ours(objective, self.where), inputs)
+                moving, still = Emulated(self.where, RANKS, moves=True), Emulated(self.where, RANKS, moves=False)
+                found = step(ours(objective, self.where, ring=moving), inputs)
+                if name == "InfoNCE":  # eight copies of each key: every lse is larger by log 8
+                    row["right"] = abs(float(found - small) - math.log(RANKS)) <= FLOAT32 * float(found)
+                row["bytes"] = moving.sent
+                for label, ring in (("step", moving), ("compute", still)):
+                    row[f"{label}_ms"] = self._of_steps(ours(objective, self.where, ring=ring), inputs)
+                row["exposed_ms"] = row["step_ms"] - row["compute_ms"]
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                self.where.forget()
+        return rows
+
+    def _of_steps(self, loss: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
+        """Milliseconds of a step, the median."""
+        return self.where.median(lambda: step(loss, inputs), self.options.repeats)
+
+    def large(self) -> list[dict[str, Any]]:
+        """The batch many times over, in one step."""
+        copies, d = self.options.copies, 768 if self.where.gpu else self.options.d[0]
+        loss = ours(nibs.InfoNCE(), self.where)
+        small = batch(self.where, self.options.n, d)
+        value = step(loss, small)
+        inputs = tuple(one.detach().repeat(copies, 1).requires_grad_() for one in small[:2])
+        inputs = (*inputs, small[2].detach().clone().requires_grad_())
+        row: dict[str, Any] = {"objective": "InfoNCE", "n": copies * self.options.n, "d": d}
+        held, begin = self.where.held(), time.perf_counter()
+        found: list[Any] = []
+        peak = self.where.peak(lambda: found.append(step(loss, inputs)))
+        row["seconds"] = time.perf_counter() - begin
+        row["beyond_bytes"] = peak - held - sum(one.numel() * one.element_size() for one in inputs)
+        row["copies"] = row["beyond_bytes"] / (4 * inputs[0].numel())
+        expected = float(value) + math.log(copies)
+        row["loss_error"] = abs(float(found[0]) - expected) / expected
+        worst = 0.0
+        for mine, theirs in zip(inputs[:2], small[:2], strict=True):
+            for part in mine.grad.split(len(theirs)):
+                distance = (part.float() * copies - theirs.grad.float()).abs().max() / theirs.grad.float().abs().max()
+                worst = max(worst, float(distance))
+        row["gradient_error"] = worst
+        slope = float(small[2].grad)
+        row["scale_error"] = abs(float(inputs[2].grad) - slope) / max(abs(slope), 1.0)
+        row["right"] = row["loss_error"] <= FLOAT32 and worst <= GRADIENT and row["scale_error"] <= FLOAT32
+        return [row]
+
+
+class Emulated(Ring):
+    """One rank of several in one process: the previous rank sends what this one holds.
+
+    moves: arrays are copied by a stream of their own while others compute, as a link would; else they are lent. A copy
+    within a card is faster than a link between two: `sent` bytes over the link's rate is what must hide behind compute.
+    """
+
+    def __init__(self, where: Where, size: int, *, moves: bool) -> None:
+        self.size, self.rank, self.moves, self.sent = size, 0, moves, 0
+        self.stream = torch.cuda.Stream() if where.gpu else None
+
+    def shift(self, *arrays: Any, into: Any = None) -> Any:
+        """Copy beside the stream that computes."""
+        self.sent += sum(one.numel() * one.element_size() for one in arrays)
+        if not self.moves:
+            return Arrived(arrays)
+        into = [torch.empty_like(one) for one in arrays] if into is None else into
+        if self.stream is None:
+            for here, mine in zip(into, arrays, strict=True):
+                here.copy_(mine)
+            return Arrived(tuple(into))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for here, mine in zip(into, arrays, strict=True):
+                here.copy_(mine)
+        return Arrived(tuple(into), self.stream.record_event())
+
+    def sum(self, value: Any) -> Any:
+        """Take the other ranks for copies of this one."""
+        return value * self.size
+
+    def exchange(self, words: str) -> list[str]:
+        """As above."""
+        return [words] * self.size
+
+
+class Arrived:
+    """What came, once the stream that copied it is done."""
+
+    def __init__(self, arrays: tuple[Any, ...], event: Any = None) -> None:
+        self.arrays, self.event = arrays, event
+
+    def wait(self) -> tuple[Any, ...]:
+        """The stream that computes waits; the host does not."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+        return self.arrays
+
+
+def profile(where: Where, work: Callable[[], Any], most: int = 8) -> list[dict[str, Any]]:
+    """Where the time of one run goes: kernels by their time on the device, the largest first."""
+    kind = torch.profiler.ProfilerActivity.CUDA if where.gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as seen:
+        work()
+        where.wait()
+    name = "self_device_time_total" if where.gpu else "self_cpu_time_total"
+    found = sorted(seen.key_averages(), key=lambda one: -getattr(one, name))[:most]
+    return [{"name": one.key[:60], "calls": one.count, "ms": getattr(one, name) / 1e3} for one in found]
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def table(heads: list[str], rows: list[list[Any]]) -> str:
+    """Markdown."""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(shown(cell) for cell in line) + " |" for line in lines)
+
+
+def shown(cell: Any) -> str:
+    """Three digits of a number; nothing for None."""
+    if isinstance(cell, float):
+        return f"{cell:.3g}"
+    return "" if cell is None else str(cell)
+
+
+def tables(parts: dict[str, list[dict[str, Any]]]) -> str:
+    """Every part that ran."""
+    out = []
+    if "tune" in parts:
+        rows = [[one.get("kernel", one.get("failed")), one.get("config"), one.get("ms"), one.get("tflops")]
+                for one in parts["tune"]]  # fmt: skip
+        out.append("Tuning\n\n" + table(["kernel", "config", "ms", "TFLOP/s"], rows))
+    if "check" in parts:
+        names = ("objective", "n", "d", "kernel", "right", "same bits again", "graph")
+        out.append("Checks\n\n" + table(list(names), [[one[name] for name in names] for one in parts["check"]]))
+    if "speed" in parts:
+        out.append(speed_table(parts["speed"]))
+    if "ring" in parts:
+        names = ("objective", "rows", "right", "step_ms", "compute_ms", "exposed_ms", "bytes", "failed")
+        out.append(f"One rank of {RANKS}\n\n"
+                   + table(list(names), [[one.get(name) for name in names] for one in parts["ring"]]))  # fmt: skip
+    if "large" in parts:
+        names = ("n", "d", "right", "seconds", "copies", "loss_error", "gradient_error", "scale_error", "failed")
+        out.append("Large\n\n" + table(list(names), [[one.get(name) for name in names] for one in parts["large"]]))
+    return "\n\n".join(out)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Times, and how many times as long as nibs in the same run."""
+    lines, profiles = [], []
+    ours_ms = {(one["objective"], one["d"]): one.get("median_ms") for one in rows if one["contender"] == "nibs"}
+    for one in rows[1:]:
+        key = one["objective"], one["d"]
+        mine, taken = ours_ms.get(key), one.get("median_ms")
+        required, goal = (
+            ASKED.get(key, (None, None)) if one["n"] == 65_536 and one["contender"] == "nibs" else (None,) * 2
+        )
+        times = taken / mine if taken and mine else None
+        error = one.get("error", {})
+        lines.append([one["contender"], one["objective"], one["d"], taken, required, goal, times, one.get("copies"),
+                      error.get("loss"), error.get("queries"), error.get("scale"), one.get("failed")])  # fmt: skip
+        if "kernels" in one:
+            each = [[seen["name"], seen["calls"], seen["ms"]] for seen in one["kernels"]]
+            profiles.append(f"{one['objective']}, d = {one['d']}\n\n" + table(["kernel", "calls", "ms"], each))
+    heads = ["loss", "objective", "d", "ms", "required", "goal", "times nibs", "copies", "loss error", "gradient error",
+             "scale error", "failed"]  # fmt: skip
+    product, copy = shown(rows[0]["product_tflops"]), shown(rows[0]["copy_tb_s"])
+    ceilings = f"The library's product here: {product} TFLOP/s; a copy: {copy} TB/s."
+    return "\n\n".join([f"Forward and backward\n\n{ceilings}\n\n" + table(heads, lines), *profiles])
 
 
 def versions() -> dict[str, str]:
@@ -238,37 +579,52 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["tune", "check", "speed"])
     parser.add_argument("--n", type=int, default=65_536)
-    parser.add_argument("--d", type=int, nargs="+", default=[512, 768, 1024])
+    parser.add_argument("--d", type=int, nargs="+", default=[768, 512, 1024])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32_768], help="of a rank, in the ring")
+    parser.add_argument("--copies", type=int, default=64, help="of the batch, in the large one")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("This measures a GPU, and PyTorch sees none here. For a CPU see the other benchmarks.")
-    rows = []
-    for objective in (nibs.InfoNCE(), nibs.Sigmoid()):
-        for d in options.d:
-            inputs = batch(options.n, d)
-            contenders = {"nibs": ours, **BESIDE, **PEERS[type(objective)]}
-            for name, make in contenders.items():
-                rows.append(measured(name, make, objective, inputs, options.repeats))
-                print(json.dumps(rows[-1]), flush=True)
-    kernel = nibs.plan(options.n, options.n, options.d[0], "bfloat16", backend="torch", device="cuda").kernel
-    report = {
-        "machine": torch.cuda.get_device_name(),
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no GPU here. --device cpu with small sizes shows what would be done.")
+    run = Run(options)
+    found = {}
+    for name in options.parts:
+        print(f"-- {name}", file=sys.stderr, flush=True)
+        try:
+            rows = [{"failed": "no time was left"}] if run.late() else getattr(run, name)()
+        except Exception as error:  # what was measured before it is kept
+            rows = [{"failed": f"{type(error).__name__}: {error}"}]
+            print(rows, file=sys.stderr, flush=True)
+        found[name] = rows
+        if options.output:
+            keep(options.output, name, rows, run.where)
+    print(tables({name: rows for name, rows in found.items() if name == "tune" or "failed" not in rows[0]}))
+    mine = [row for rows in found.values() for row in rows if row.get("contender", "nibs") == "nibs"]
+    if any(row.get("right") is False for row in mine):
+        raise SystemExit("WRONG: nibs is further from the truth than it may be, see the columns of errors.")
+
+
+def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> None:
+    """One part into the file, beside those that other runs left there."""
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    report[part] = {
+        "machine": where.describe(),
         "python": platform.python_version(),
         "versions": versions(),
-        "kernel": kernel,
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

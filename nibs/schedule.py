@@ -345,9 +345,11 @@ class Call:
             tile.anchor_weights = self.anchor_weight[i]
         return tile
 
-    def _walk(self, m: int, *, by_columns: bool) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-        """Each outer strip with its tiles `(i, j)`."""
-        rows, columns = strips(self.request.n, self.plan.query_tile), strips(m, self.plan.key_tile)
+    def _walk(
+        self, m: int, *, by_columns: bool, key_tile: int | None = None
+    ) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+        """Each outer strip with its tiles `(i, j)`. key_tile: other columns of a tile than the plan's."""
+        rows, columns = strips(self.request.n, self.plan.query_tile), strips(m, key_tile or self.plan.key_tile)
         if by_columns:
             for j in columns:
                 yield j, [(i, j) for i in rows]
@@ -367,10 +369,14 @@ class Call:
         """Rows' and columns' statistics from the same tiles; the columns' come home."""
         travels = self.ring.size > 1 and self.problem.columns
         trail = Trail(self.ring, self.shards.keys, self._new_statistics, self._clear_statistics, self._join_statistics)
+        # Tiles that write no logits may be wider, where keys are read as they are.
+        as_they_are = kept is None and self.request.key_mask is None and not self.by_columns
+        wider = getattr(self.tiles, "lse_columns", None) if as_they_are else None
+        wide = None if wider is None else wider(self.plan, self.problem)
         for keys, home in rotate(self.ring, self.shards.keys, self.keys, self._room):
             size = keys.rows.shape[0]
             columns = self._column_lse(trail.share()) if travels else self.columns
-            for _, tiles in self._walk(size, by_columns=self.by_columns):
+            for _, tiles in self._walk(size, by_columns=self.by_columns, key_tile=wide):
                 for i, j in tiles:
                     found = self._measure(self._tile(i, keys, j, home), i, j, columns, keep=kept is not None)
                     if kept is not None:

@@ -122,9 +122,12 @@ def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: 
 
     card = tuning.card_of(torch.device(device))
     item = DTYPES[dtype].itemsize
-    kernels = ("lse", "weights", "sigmoid")
+    kinds = [(name, kind) for name in ("lse", "weights", "sigmoid") for kind in ("", "ragged")]
     least, least_busy = (
-        min(min(one.rows, one.columns) for one in (tuning.config(card, name, item, busy=some) for name in kernels))
+        min(
+            min(one.rows, one.columns)
+            for one in (tuning.config(card, name, item, busy=some, kind=kind) for name, kind in kinds)
+        )
         for some in (False, True)
     )
     # G, its rows on 16-byte steps; then sums for each tile that a row or a column passes through: three fields of
@@ -227,6 +230,17 @@ class FusedTiles(TorchTiles):
         if size:
             self._run(poison, (-(-size // 16),), rows, mask, out, size, d, *rows.stride(), BM=16, BK=256)
         return out
+
+    def lse_columns(self, plan: Plan, problem: Problem) -> int:
+        """Columns of a tile in a pass that keeps no logits: few launches in place of many, for as many bytes.
+
+        The lse leaves two sums for each tile that a row or a column passes through, where weights leave every pair.
+        """
+        if self.dtype == torch.float32 or problem.multi or problem.sums or problem.margin is not None:
+            return plan.key_tile
+        each = [self.tuning.config(self.card, "lse", self.item, kind=kind) for kind in ("", "ragged")]
+        sums = max(8 / one.rows + 8 / one.columns for one in each)  # bytes a pair
+        return plan.key_tile * max(1, int(self.item / sums))
 
     # -- the verbs --------------------------------------------------------------------------------
 

@@ -79,6 +79,16 @@ def nibs_conformance_world(backend: str, size: int) -> Any:
 
 
 @hookimpl
+def nibs_conformance_memory(backend: str, device: str) -> Any:
+    """On a GPU the process does not see its memory; PyTorch's allocator does."""
+    if backend != "torch" or not device.startswith("cuda"):
+        return None
+    from nibs_torch.meter import peak
+
+    return peak
+
+
+@hookimpl
 def nibs_conformance_pullback(backend: str) -> Any:
     """Autograd, as the conformance suite asks for it."""
     if backend != "torch":

@@ -12,13 +12,14 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 from pretended_gpu import CARDS, Waited, calls
 
 import nibs
+from nibs_torch import plugin
 
 N, M, D = 1000, 1200, 96
 INFONCE = nibs.InfoNCE()
 
 
-def rows(n: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    return torch.empty(n, D, dtype=dtype, device="cuda", requires_grad=True)
+def rows(n: int, dtype: torch.dtype = torch.bfloat16, d: int = D) -> Any:
+    return torch.empty(n, d, dtype=dtype, device="cuda", requires_grad=True)
 
 
 def vector(n: int, dtype: torch.dtype) -> Any:
@@ -52,8 +53,10 @@ CALLS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", list(CALLS))
+OTHERS = [("symmetric", torch.float16), ("masks", torch.float16), ("none", torch.float32), ("sigmoid", torch.float32)]
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in CALLS), *OTHERS])
 def test_nothing_in_a_step_waits_for_the_device(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     with calls(CARDS["sm_90"], monkeypatch) as launches:
         nibs.contrastive_loss(rows(N, dtype), rows(M, dtype), **CALLS[name]())
@@ -65,6 +68,30 @@ def test_nothing_in_loss_and_grad_waits_for_the_device(name: str, monkeypatch: p
     with calls(CARDS["sm_90"], monkeypatch), torch.no_grad():
         _, grads = nibs.contrastive_loss_and_grad(rows(N), rows(M), **CALLS[name]())
         assert grads.queries.dtype == torch.bfloat16
+
+
+def test_an_lse_that_keeps_nothing_takes_few_launches_in_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with calls(CARDS["sm_90"], monkeypatch) as launches:
+        nibs.contrastive_loss(rows(65_536, d=768), rows(65_536, d=768))
+        found = [one for one in launches if one.name == "lse"]
+        sums = [sum(one.nbytes for one in launch.arguments if isinstance(one, torch.Tensor)) for launch in found]
+    (weights,) = {one.named["rows"] for one in launches if one.name == "weights"} - {65_536 % 11_008}
+    assert weights == 11_008
+    assert len(found) == 6
+    assert sum(one.name == "weights" for one in launches) == 36
+    # A launch is given the rows, which are no workspace, and one set of sums; own shifts are as many again.
+    assert 2 * (max(sums) - (65_536 + weights) * 768 * 2) <= weights**2 * 2
+
+
+def test_the_suite_has_a_meter_for_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([100, 700])
+    for name, found in {"synchronize": None, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(held))
+    meter = plugin.nibs_conformance_memory(backend="torch", device="cuda:0")
+    assert meter(lambda: None) == 600
+    assert plugin.nibs_conformance_memory(backend="torch", device="cpu") is None
 
 
 def test_a_look_at_a_value_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,24 +226,27 @@ def _key(card: Card, kernel: str, item: int, ieee: bool) -> str:
 
 
 def tune(
-    card: Card, kernel: str, item: int, seconds: Callable[[Config], float | None], *, ieee: bool = False
-) -> Config:
-    """Time each configuration that fits, and keep the fastest. seconds: None for one that fails to run."""
+    card: Card, kernel: str, item: int, milliseconds: Callable[[Config], float | None], *, ieee: bool = False
+) -> dict[Config, float]:
+    """Time each configuration that fits, and keep the fastest; returns what each took, the fastest first.
+
+    milliseconds: None for one that fails to run.
+    """
     times = {}
-    for one in choices(card.arch, kernel, item, ieee=ieee):
+    for one in dict.fromkeys(choices(card.arch, kernel, item, ieee=ieee)):
         if shared_bytes(one, item) <= card.shared:
-            taken = seconds(one)
+            taken = milliseconds(one)
             if taken is not None:
                 times[one] = taken
     if not times:
         raise RuntimeError(f"no configuration of {kernel} runs on {card.name}")
-    best = min(times, key=times.__getitem__)
+    times = dict(sorted(times.items(), key=lambda each: each[1]))
     path = cache_path()
-    kept = {**_cache(), _key(card, kernel, item, ieee): asdict(best)}
+    kept = {**_cache(), _key(card, kernel, item, ieee): asdict(next(iter(times)))}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     _cache.cache_clear()
-    return best
+    return times
 
 
 def main() -> None:
@@ -253,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nibs_torch.kernels.tuning", description="Tune the kernels here.")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=11_264)
     options = parser.parse_args()
     import torch
 
@@ -263,8 +266,9 @@ def main() -> None:
     card = card_of(device)
     item = 4 if options.dtype == "float32" else 2
     for kernel in ("lse", "weights", "sigmoid"):
-        best = tune(card, kernel, item, lambda one, kernel=kernel: time_config(kernel, one, device, options))
-        print(f"{card.name} {kernel} {options.dtype}: {best}")
+        times = tune(card, kernel, item, lambda one, kernel=kernel: time_config(kernel, one, device, options))
+        for config, taken in times.items():
+            print(f"{card.name} {kernel} {options.dtype}: {taken:.3f} ms, {config}")
     print(f"kept in {cache_path()}")
 
 

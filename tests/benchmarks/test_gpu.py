@@ -1,0 +1,58 @@
+"""The GPU benchmark does all of its work on a CPU, at tiny sizes: on the day there is a GPU it must not fail."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SMALL = ["--device", "cpu", "--n", "48", "--d", "16", "--rows", "24", "--copies", "2", "--repeats", "1"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("gpu")
+
+
+def test_every_part_runs_is_right_and_is_kept(gpu, tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    gpu.main([*SMALL, "--parts", "check", "speed", "--output", str(out)])
+    gpu.main([*SMALL, "--parts", "tune", "ring", "large", "--output", str(out)])
+    report = json.loads(out.read_text())
+    assert set(report) == set(gpu.PARTS)
+    rows = [row for part in ("check", "speed", "ring", "large") for row in report[part]["rows"]]
+    mine = [row for row in rows if row.get("contender", "nibs") in ("nibs", "nibs plain")]
+    assert len(mine) == 9
+    assert all(row.get("right", True) and "failed" not in row for row in mine)
+    assert "| nibs | InfoNCE | 16 |" in capsys.readouterr().out
+
+
+def test_a_peer_that_cannot_run_is_a_row_with_its_reason(gpu, monkeypatch, tmp_path):
+    def broken(objective, where):
+        raise RuntimeError("it is not here")
+
+    monkeypatch.setattr(gpu, "CONTENDERS", {name: {"nibs": gpu.ours, "a peer": broken} for name in gpu.OBJECTIVES})
+    gpu.main([*SMALL, "--parts", "speed", "--output", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["speed"]["rows"]
+    assert {row.get("failed") for row in rows if row["contender"] == "a peer"} == {"RuntimeError: it is not here"}
+
+
+def test_a_loss_that_is_wrong_fails_the_run(gpu, monkeypatch):
+    def wrong(objective, where, **options):
+        right = gpu.ours(objective, where, **options)
+        return lambda queries, keys, scale: right(queries, keys, scale) * 1.01
+
+    monkeypatch.setattr(gpu, "CONTENDERS", {name: {"nibs": wrong} for name in gpu.OBJECTIVES})
+    with pytest.raises(SystemExit, match="WRONG"):
+        gpu.main([*SMALL, "--parts", "speed"])
+
+
+def test_nothing_begins_after_the_time_is_up(gpu, tmp_path):
+    gpu.main([*SMALL, "--parts", "speed", "large", "--seconds", "-1", "--output", str(tmp_path / "gpu.json")])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [report[part]["rows"] for part in ("speed", "large")] == [[{"failed": "no time was left"}]] * 2
