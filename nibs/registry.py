@@ -251,12 +251,17 @@ class Registry:
         return f"no backend named '{name}'. Here: {self.listing()}.{guess} 'nibs backends' shows all."
 
     def listing(self) -> str:
-        """`numpy, torch (ready); cupy (broken: ...)`, for an error. Loads each: one that was not tried is neither."""
-        found = self.statuses(probe=True)
-        ready = [status.name for status in found if status.state == "ready"]
+        """`numpy, torch (ready); jax (not tried yet); cupy (broken: ...)`, for an error. Loads none to find out, which
+        takes seconds, for which the other ranks of a ring would wait.
+        """
+        found = self.statuses()
+        ready = [status.name for status in found if status.name in self._backends]
+        untried = [status.name for status in found if status.state == "ready" and status.name not in self._backends]
         broken = [f"{status.name} (broken: {status.reason})" for status in found if status.state == "broken"]
-        parts = [f"{', '.join(ready)} (ready)"] if ready else []
-        return "; ".join(parts + broken) or "none"
+        groups = [
+            f"{', '.join(names)} ({word})" for names, word in ((ready, "ready"), (untried, "not tried yet")) if names
+        ]
+        return "; ".join(groups + broken) or "none"
 
 
 def _reason(fault: BaseException) -> str:

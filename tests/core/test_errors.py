@@ -40,7 +40,8 @@ def test_each_error_is_also_the_builtin_that_a_caller_reaches_for(error, builtin
 
 def test_unknown_backend_lists_ready_and_broken_and_the_nearest_name(here, batch, refusal):
     here.add("torch")
-    here.add("cupy", load=lambda: 1 / 0)  # which nobody has tried before
+    here.add("cupy", load=lambda: 1 / 0)
+    nibs.registry.registry.statuses(probe=True)
 
     text = refusal(errors.UnknownBackend, nibs.contrastive_loss, batch.queries, batch.keys, backend="torhc")
 
@@ -53,7 +54,15 @@ def test_unknown_backend_lists_ready_and_broken_and_the_nearest_name(here, batch
 def test_unknown_backend_guesses_nothing_when_no_name_is_near(here, refusal):
     text = refusal(errors.UnknownBackend, here.registry.load, "zzz")
 
-    assert text == "no backend named 'zzz'. Here: numpy (ready). 'nibs backends' shows all."
+    assert text == "no backend named 'zzz'. Here: numpy (not tried yet). 'nibs backends' shows all."
+
+
+def test_an_error_neither_loads_a_backend_nor_calls_it_ready(here, batch, refusal):
+    here.add("cupy", load=lambda: 1 / 0)
+
+    text = refusal(errors.UnknownBackend, nibs.contrastive_loss, batch.queries, batch.keys, backend="torhc")
+
+    assert "Here: numpy (ready); cupy (not tried yet)." in text
 
 
 def test_unavailable_backend_gives_the_cause_and_the_command(here, batch):
@@ -191,7 +200,7 @@ def _arrays() -> dict[str, tuple[dict[str, Any], str]]:
         "a list": (
             {"queries": [[1.0]]},
             "queries is [[1.0]] (list): expected a [n, d] array of a framework that a backend here owns. "
-            "Here: numpy (ready).",
+            "Here: numpy (not tried yet).",
         ),
         "keys as a list": ({"keys": [[1.0]]}, "keys is [[1.0]] (list): expected a [rows, d] array."),
         "other width": (

@@ -14,7 +14,6 @@ import pytest
 import nibs.schedule
 import nibs.threads
 import nibs.travel
-from nibs.registry import registry
 from nibs.schedule import Call
 from nibs.threads import ThreadRing
 from nibs_conformance.worlds import ThreadWorld
@@ -267,7 +266,6 @@ def ring_level(tmp_path: Path, patch: Patch, tests: tuple[str, ...] = ()) -> Out
     """The ring level against NumPy at 3 ranks (4 for what travels), the tests named or all."""
     patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     patch.delenv("PYTEST_ADDOPTS", raising=False)
-    registry.statuses(probe=True)  # an error that lists backends loads each, and its peers would wait for that
     patch.setattr(ThreadWorld.__init__, "__defaults__", (1.0,))  # who waits in vain does not wait for long
     found = Outcomes()
     plain = [
