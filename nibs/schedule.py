@@ -152,6 +152,7 @@ class Call:
     ) -> None:
         self.request, self.tiles, self.plan = request, tiles, plan
         self.fused = getattr(tiles, "fused", False)
+        rounds_weights = self.fused or getattr(tiles, "rounds_weights", False)
         self.ring: Ring = ring if ring is not None else Solo()
         self.rounds_scalars = not hold
         self.rounds = not hold and tiles.rounds(request.dtype)
@@ -172,7 +173,7 @@ class Call:
             rows=softmax.rows if softmax else True,
             columns=softmax.columns if softmax else False,
             scale=self.scale,
-            fold=margin is None and not scale_alone and not self.fused,
+            fold=margin is None and not scale_alone and not rounds_weights,
             bias=None if softmax else self.bias,
             multi=objective.same_id == "positive",
             exclude=objective.same_id == "exclude",
@@ -181,7 +182,7 @@ class Call:
             sums=self.smoothing > 0 or request.stats,
             stats=request.stats,
             precision=request.precision,
-            total_product=scale_alone or (self.fused and request.wants("scale")),
+            total_product=scale_alone or (rounds_weights and request.wants("scale")),
             total_weight=softmax is None and request.wants("bias"),
         )
         self.keys = Keys(request.keys, request.key_ids, request.key_mask)

@@ -182,12 +182,14 @@ class Tiles(Protocol):
     xp: its namespace, for where, log, exp, maximum, isfinite, stack. lowest: the most negative finite
     number of the accumulation dtype.
 
-    Fused kernels that decide about each pair themselves set `fused = True`, and have two methods more:
-    `fused_operand(rows, mask)`, what `operand` is to other tiles, in any form that their verbs take; and
-    `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. They get no scaled
-    queries (`problem.fold` is False), and count `sum g_ij <q_i, k_j>` for the scale's gradient in
-    `tile_grad`, from weights that were not rounded yet. Their `tile_lse` may give anything that their
-    `merge_lse` takes.
+    Tiles whose products round their factors to half precision set `rounds_weights = True`. They get no scaled
+    queries (`problem.fold` is False), for those would not be exact; and they count `sum g_ij <q_i, k_j>` for
+    the scale's gradient in `tile_grad`, from weights that were not rounded yet.
+
+    Fused kernels that decide about each pair themselves set `fused = True`, which says that too, and have two
+    methods more: `fused_operand(rows, mask)`, what `operand` is to other tiles, in any form that their verbs
+    take; and `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. Their `tile_lse`
+    may give anything that their `merge_lse` takes.
     """
 
     xp: Any

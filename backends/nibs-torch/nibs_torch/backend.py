@@ -26,11 +26,13 @@ from nibs.spec import Backend, Gradients, Stats
 from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
 from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
+from nibs_torch.precision import narrows
 from nibs_torch.streaming import Unlocked, mapped, streamed
 from nibs_torch.tiles import DTYPES, TorchTiles, capturing
 from nibs_torch.whole import whole
 
 CPU_HINT = TileHint(rows=2048, columns=2048, buffers=2.0, masked=5.0, kernel="torch")
+NARROW_HINT = replace(CPU_HINT, columns=512, kernel="torch, bfloat16 products")  # tiles that stay nearer to the cores
 DEVICE_HINT = TileHint(rows=4096, columns=4096, buffers=2.0, masked=5.0, kernel="torch")
 SOLO = Solo()
 AUTOCAST = ("cpu", "cuda", "xpu")
@@ -125,7 +127,7 @@ class TorchBackend(Backend):
     def tile_hint(self, device: str, dtype: str) -> TileHint:
         if kernel_for(device, dtype) == "triton":
             return hints(device, dtype)[0]
-        return CPU_HINT if device.startswith("cpu") else DEVICE_HINT
+        return _hint(torch.device(device), dtype)
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
         tensor = values if isinstance(values, Tensor) else _import(values)
@@ -231,11 +233,18 @@ def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
 
 
 def _plan(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Any:
-    hint = CPU_HINT if request.device == "cpu" else DEVICE_HINT
     size = 1 if request.ring is None else request.ring.size
     if not request.streams and kernel_for(request.device, request.dtype, request.plan) == "triton":
         return fused_plan(request, grad=grad, hold=hold, deferred=deferred, ring_size=size)
+    hint = _hint(request.queries.device, request.dtype)
     return plan_request(request, hint, grad=grad, hold=hold, deferred=deferred, ring_size=size)
+
+
+def _hint(device: torch.device, dtype: str) -> TileHint:
+    """The tiles of the plain path on a device."""
+    if device.type != "cpu":
+        return DEVICE_HINT
+    return NARROW_HINT if narrows(dtype, device) else CPU_HINT
 
 
 def _as_inputs(gradients: Gradients, request: Request) -> Gradients:

@@ -14,6 +14,11 @@ processor: on an AMD EPYC with AVX-512 it reaches half of what oneDNN does. `fp3
 bfloat16 products, and with that its kernels; it takes bfloat16 only where the processor has tiles for it (AMX).
 On any other it computes in float32, to the last bit of IEEE (`_one_dnn_is_exact` looks), so that there the flag costs
 nothing and nobody else's products change by more than their order of summation.
+
+Where the processor has those tiles, products of bfloat16 rows run on them, with float32 results: PyTorch has no such
+product of bfloat16 matrices, but float32 matrices that hold bfloat16 values lose nothing under the flag (`_has_tiles`
+looks). Gradient weights are rounded by it, as they may be; whatever else enters such a product must be a bfloat16
+value, which rows times a scale are not.
 """
 
 from __future__ import annotations
@@ -25,10 +30,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["products"]
+__all__ = ["narrows", "products"]
 
 LARGE = 1 << 22
 """Flops of a product from which oneDNN's kernels, which are set up anew for each, are worth their start."""
+
+EXACT = 1e-5
+"""Relative error of a sum of positive products that float32 keeps to, and bfloat16 does not: there it is 1e-4 or so."""
 
 _NOTHING = nullcontext()
 
@@ -69,13 +77,26 @@ class _Loan:
                 lent.free.notify_all()
 
 
-def products(precision: str, dtype: torch.dtype, device: torch.device, flops: int = 0) -> AbstractContextManager[Any]:
-    """A context for one matrix product of `dtype` on `device`, of so many flops."""
+def narrows(dtype: str, device: torch.device) -> bool:
+    """Whether products of rows of this dtype run on bfloat16 tiles: then `products` is asked for them with `narrow`."""
+    return dtype == "bfloat16" and device.type == "cpu" and _has_tiles()
+
+
+def products(
+    precision: str, dtype: torch.dtype, device: torch.device, flops: int = 0, *, narrow: bool = False
+) -> AbstractContextManager[Any]:
+    """A context for one matrix product of `dtype` on `device`, of so many flops.
+
+    narrow: rounding its factors to bfloat16 loses nothing, or nothing that counts.
+    """
     if dtype != torch.float32:
         return _NOTHING
-    if device.type == "cpu" and precision != "high" and flops >= LARGE:
+    if device.type == "cpu" and flops >= LARGE:
         lent = _flag("cpu")
-        if lent is not None and _one_dnn_is_exact() and (precision == "highest" or _is_ieee(lent)):
+        if narrow and lent is not None:
+            return lent.to("bf16")
+        asked = precision == "highest" or (precision == "default" and lent is not None and _is_ieee(lent))
+        if lent is not None and asked and _one_dnn_is_exact():
             return lent.to("bf16")
     if precision == "default":
         return _NOTHING
@@ -110,22 +131,34 @@ def _is_ieee(lent: _Lent) -> bool:
 def _one_dnn_is_exact() -> bool:
     """Whether the flag that opens oneDNN's kernels leaves products in float32 here; the same in every call.
 
-    Looked up, then looked at: products of numbers that bfloat16 cannot hold, in each layout that tiles use.
+    Looked up, then looked at: products of numbers that bfloat16 cannot hold.
     """
     cpu = torch.cpu
     has_tiles = getattr(cpu, "_is_amx_tile_supported", lambda: True)()
     if has_tiles or not getattr(cpu, "_is_avx512_supported", lambda: False)():
         return False
+    return _error(torch.float32) <= EXACT
+
+
+@lru_cache
+def _has_tiles() -> bool:
+    """Whether this processor multiplies bfloat16 values in tiles, with float32 results: looked up, then looked at."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() and _error(torch.bfloat16) <= EXACT
+
+
+def _error(values: torch.dtype) -> float:
+    """The largest relative error, under the flag, of products of positive numbers of a dtype, in each layout."""
     lent = _flag("cpu")
     if lent is None or not torch.backends.mkldnn.is_available():
-        return False
+        return float("inf")
     generator = torch.Generator().manual_seed(0)
+    worst = 0.0
     for rows, width, columns in ((64, 64, 64), (256, 512, 384), (384, 256, 128)):
-        one, other = (torch.rand(size, generator=generator) + 1 for size in ((rows, width), (columns, width)))
+        drawn = (torch.rand(size, generator=generator) + 1 for size in ((rows, width), (columns, width)))
+        one, other = (each.to(values).float() for each in drawn)
         exact = one.double() @ other.double().T
         for left, right in ((one, other.T), (one.T.contiguous().T, other.T.contiguous()), (one, other.T.contiguous())):
             with lent.to("bf16"):
                 found = torch.addmm(torch.zeros(rows, columns), left, right)
-            if not bool(((found - exact).abs() <= 1e-5 * exact).all()):  # bfloat16 would be off by 1e-4 here
-                return False
-    return True
+            worst = max(worst, float(((found - exact).abs() / exact).max()))
+    return worst

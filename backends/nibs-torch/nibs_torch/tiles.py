@@ -6,8 +6,8 @@
     tile_grad     g = E' (rows) + E' (columns) - targets, then two products: g @ k and g^T @ q
 
 Sharing the exponential is exact as long as no row or column sinks out of float32's range below the
-maximum. Both verbs test for that (`FLOOR`, `SPREAD`) and redo the tile with each row's and each
-column's own shift where it fails.
+maximum. Both verbs test for that (`LOW`, `SPREAD`) and redo the tile with each row's and each column's own
+shift where it fails.
 
 Between its products a tile is bound by memory traffic, so what is done to its elements is done strip by
 strip of rows, which stay in the cache from step to step, in place, with scratch strips made once per call.
@@ -26,10 +26,10 @@ import torch
 
 from nibs import pairs
 from nibs.verbs import Lse, Problem, Tile, Weights
-from nibs_torch.precision import products
+from nibs_torch.precision import narrows, products
 
 HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the smallest float32
-FLOOR = math.exp(-80.0)  # a smaller row or column sum, relative to the maximum, has lost terms that count
+LOW = math.exp(HEAD - 80.0)  # a smaller row or column sum of lifted exponentials has lost terms that count
 SPREAD = 69.0  # natural-log width of a tile's lse values up to which one exponential serves all
 INFINITY = float("inf")
 STRIP = 1 << 18  # elements of a strip on a CPU: a megabyte of float32
@@ -48,6 +48,7 @@ class TorchTiles:
         self.wide = self.accumulator if device.type == "mps" else torch.float64
         self.device = device
         self.lowest = torch.finfo(self.accumulator).min
+        self.rounds_weights = self._narrow = narrows(dtype, device)
         self._strip = STRIP if device.type == "cpu" else DEVICE_STRIP
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: torch.Tensor | None = None
@@ -55,6 +56,7 @@ class TorchTiles:
     # -- the verbs --------------------------------------------------------------------------------
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
+        problem = self._folded(problem, raw=keep)
         logits = self._products(tile, problem, keep=keep)
         row_parts, column_parts = [], []
         shared = problem.softmax and problem.rows and problem.columns and problem.margin is None
@@ -118,12 +120,15 @@ class TorchTiles:
         into: Any,
         onto: Any,
     ) -> tuple[Any, Any]:
+        problem = self._folded(problem, raw=kept is not None or problem.total_product)
         logits = self._products(tile, problem, keep=False) if kept is None else kept
         middle, clamp = self._middle(problem, rows, columns)
+        if middle is not None:
+            rows, columns = (self._brought_to(middle, side) for side in (rows, columns))
         product = self.total(self.zeros(0)) if problem.total_product else None
         weight = self.total(self.zeros(0)) if problem.total_weight else None
         for part, raw in self._parts(tile, logits):
-            values, by_row, by_column = self._values(part, problem, raw, again=kept is not None)
+            values, by_row, by_column = self._values(part, problem, raw, less=middle, again=kept is not None)
             where = slice(part.row - tile.row, part.row - tile.row + values.shape[0])
             mine = None if rows is None else rows.part(where)
             if problem.softmax:
@@ -135,14 +140,12 @@ class TorchTiles:
                 weight = weight + self.total(weights.sum(1))
             if product is not None:
                 product = product + self.total(raw.mul_(weights).sum(1))
-            elif weights is not raw:
+            if weights is not raw and (into is not None or onto is not None):
                 raw.copy_(weights)
-        size = 2 * logits.numel() * tile.keys.shape[1]
-        with products(problem.precision, self.accumulator, self.device, size):
-            if into is not None:
-                into.addmm_(logits, tile.keys)
-            if onto is not None:
-                onto.addmm_(logits.T, tile.queries)
+        if into is not None:
+            self._multiply(logits, tile.keys, problem, into)
+        if onto is not None:
+            self._multiply(logits.T, tile.queries, problem, onto)
         if kept is not None:
             self._spare = kept
         return product, weight
@@ -150,23 +153,20 @@ class TorchTiles:
     # -- InfoNCE ----------------------------------------------------------------------------------
 
     def _shared_masses(self, values: Any, permitted: Any, rows: Lse, columns: Lse) -> None:
-        """Masses of both sides, equation (1), by one shift and one exponential."""
+        """Masses of both sides, equation (1), by one exponential and one shift, the largest logit less `HEAD`."""
         scratch = self._buffer("scratch", values.shape)
         seen = values if permitted is None else torch.where(permitted, values, self.scalar(-INFINITY), out=scratch)
-        top = seen.max()
-        top = torch.where(top == -INFINITY, 0.0, top)
-        lifted = top - HEAD
-        torch.sub(seen, lifted, out=scratch).exp_()
-        back = torch.exp(lifted - top)  # HEAD, as far as it was not rounded away
+        top = seen.amax(1).amax()  # twice as fast as amax()
+        shift = torch.where(top == -INFINITY, 0.0, top) - HEAD
+        torch.sub(seen, shift, out=scratch).exp_()
         for side, axis in ((rows, 1), (columns, 0)):
-            side.mass, side.shift = scratch.sum(axis).mul_(back), top.expand(values.shape[1 - axis])
-        if permitted is not None:
-            for side, axis in ((rows, 1), (columns, 0)):
+            side.mass, side.shift = scratch.sum(axis), shift.expand(values.shape[1 - axis])
+            if permitted is not None:
                 side.shift = side.shift.masked_fill(~permitted.any(axis), self.lowest)
 
     def _held(self, rows: Lse, columns: Lse) -> bool:
         """Whether one shift was enough: every row and column that has an allowed pair kept its terms."""
-        kept = [(side.mass >= FLOOR) | (side.shift == self.lowest) for side in (rows, columns)]
+        kept = [(side.mass >= LOW) | (side.shift == self.lowest) for side in (rows, columns)]
         return bool(kept[0].all() & kept[1].all())
 
     def _own_masses(self, values: Any, sides: list[tuple[Lse, int, Any]]) -> None:
@@ -194,16 +194,22 @@ class TorchTiles:
         fits, clamps = torch.stack([high - low <= SPREAD, clamp]).tolist()
         return ((low + high) / 2 if fits else None), clamps
 
+    def _brought_to(self, middle: Any, side: Weights | None) -> Weights | None:
+        """Weights whose factor goes with exponentials that are shifted by `middle`."""
+        return None if side is None else replace(side, factor=side.factor * torch.exp(middle - side.shift))
+
     def _softmax_weights(
         self, part: Tile, problem: Problem, values: Any, sides: list[Any], middle: Any, clamp: bool
     ) -> Any:
-        """`g_ij` of equation (2), both directions summed; overwrites `values` where it may."""
+        """`g_ij` of equation (2), both directions summed; overwrites `values` where it may.
+
+        With a middle, that is off the values already.
+        """
         scratch = self._buffer("scratch", values.shape)
         permitted = sides[0][2]
         if middle is not None:
-            values.sub_(middle)
             weights = (values.clamp_(max=SPREAD) if clamp else values).exp_()
-            factors = [(side.factor * torch.exp(middle - side.shift)).unsqueeze(axis) for side, axis, _ in sides]
+            factors = [side.factor.unsqueeze(axis) for side, axis, _ in sides]
             weights.mul_(factors[0] if len(factors) == 1 else torch.add(*factors, out=scratch))
         else:
             weights = scratch.zero_()
@@ -256,16 +262,30 @@ class TorchTiles:
 
     # -- tiles and pairs --------------------------------------------------------------------------
 
+    def _folded(self, problem: Problem, *, raw: bool) -> Problem:
+        """The same problem with the scale in its products, where rows could not take it and none is wanted `raw`."""
+        if raw or problem.fold or not self._narrow or problem.margin is not None:
+            return problem
+        return replace(problem, fold=True)
+
     def _products(self, tile: Tile, problem: Problem, *, keep: bool) -> Any:
         """`[r, c]`: products, times the scale where it is folded in."""
         shape = (tile.queries.shape[0], tile.keys.shape[0])
         out = self._fresh(shape) if keep else self._buffer("tile", shape)
-        size = 2 * shape[0] * shape[1] * tile.keys.shape[1]
-        with products(problem.precision, self.accumulator, self.device, size):
-            torch.mm(tile.scaled, tile.keys.T, out=out)
+        # Rows of bfloat16 values take no scale: they would be none any more. Their products do.
+        times = problem.scale.item() if self._narrow and problem.fold else 1.0
+        self._multiply(tile.scaled, tile.keys.T, problem, out, beta=0.0, alpha=times)
         if tile.exact is not None and tile.designated is not None:
             out[tile.designated] = tile.exact
         return out
+
+    def _multiply(
+        self, left: Any, right: Any, problem: Problem, out: Any, *, beta: float = 1.0, alpha: float = 1.0
+    ) -> None:
+        """`out = beta out + alpha left @ right`: every product of a tile, and where its factors may be rounded."""
+        flops = 2 * left.numel() * right.shape[1]
+        with products(problem.precision, self.accumulator, self.device, flops, narrow=self._narrow):
+            torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
 
     def _parts(self, tile: Tile, logits: Any) -> Iterator[tuple[Tile, Any]]:
         """The tile in strips of rows, each a tile of its own, with its rows of `logits`."""
@@ -291,10 +311,13 @@ class TorchTiles:
                 part.designated = tile.designated[0][first:last] - begin, tile.designated[1][first:last]
             yield part, logits[begin:end]
 
-    def _values(self, part: Tile, problem: Problem, strip: Any, *, again: bool = False) -> tuple[Any, Any, Any]:
+    def _values(
+        self, part: Tile, problem: Problem, strip: Any, *, less: Any = None, again: bool = False
+    ) -> tuple[Any, Any, Any]:
         """Logits of a strip, and the pairs allowed to its rows and to its columns: one object but for a margin.
 
         Folded logits are finished in place, once: not `again`. Raw products stay, beside the logits.
+        less: what is taken off the logits.
         """
         permitted = pairs.allowed(part, problem)
         by_row = by_column = permitted
@@ -302,7 +325,13 @@ class TorchTiles:
             by_row = pairs.within_margin(part, strip, part.query_limit[:, None], permitted)
             by_column = pairs.within_margin(part, strip, part.key_limit[None, :], permitted)
         if not problem.fold:
-            strip = torch.mul(strip, problem.scale, out=self._buffer("logits", strip.shape))
+            out = self._buffer("logits", strip.shape)
+            if less is None:
+                strip = torch.mul(strip, problem.scale, out=out)
+            else:
+                strip = torch.add(-less, strip, alpha=problem.scale.item(), out=out)
+        elif less is not None:
+            strip.sub_(less)
         if problem.bias is not None and not (again and problem.fold):
             strip.add_(problem.bias)
         return strip, by_row, by_column
@@ -422,7 +451,7 @@ def capturing(device: torch.device) -> bool:
 
 ADDED = ("positive_sum", "positive_count", "allowed_sum", "allowed_count", "weight_sum")
 LARGEST = ("positive_max", "negative_max")
-BY_ROW = ("queries", "scaled", "query_ids", "query_mask", "row_index", "query_limit", "anchor_weights")
+BY_ROW = ("query_ids", "query_mask", "row_index", "query_limit", "anchor_weights")
 
 
 def _joined(parts: list[Lse]) -> Lse:

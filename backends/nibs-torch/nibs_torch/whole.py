@@ -4,11 +4,14 @@ A small batch costs its operators, not its flops: each takes a microsecond or tw
 looks after strips, rings, masks and weights, needs hundreds of them. Here are the few that are left when there is
 one tile and nothing but queries, keys, a scale and a bias:
 
-    logits        s [n, m] = scaled q [n, d] @ k^T [d, m]
+    logits        s [n, m] = scale q [n, d] @ k^T [d, m]
     exponentials  E = exp(s - u + HEAD) in place, u the largest; masses are E's row and column sums
     loss          lse_i - s_ii = log(mass_i exp(u - HEAD - s_ii))
     weights       g = E (1 / rowmass_i + 1 / columnmass_j), less one for each side on the diagonal, in place
     gradients     g @ k and g^T @ q: three products in all, and one exponential
+
+The scale's gradient is `sum g_ij <q_i, k_j>`, read off the gradient of the rows. Where products round their factors
+(`nibs_torch.precision.narrows`) it comes from the masses instead, and from E's row and column sums of E s beside them.
 
 A mass below `LOW` may have lost terms that count, and NaN or inf in any row shows in a mass or in a sum. Then `whole`
 answers None, and the schedule serves the call as it serves everything else. Equations are those of `nibs.spec`.
@@ -24,12 +27,11 @@ from torch import Tensor
 
 from nibs.request import Request
 from nibs.spec import Gradients, InfoNCE
-from nibs_torch.precision import products
-from nibs_torch.tiles import FLOOR, HEAD, STRIP
+from nibs_torch.precision import LARGE, narrows, products
+from nibs_torch.tiles import HEAD, LOW, STRIP
 
 __all__ = ["whole"]
 
-LOW = FLOOR * math.exp(HEAD)
 NEAR = 20.0  # a mass is at most e^(HEAD + log m): times e^NEAR it is far from float32's end
 
 
@@ -40,42 +42,47 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     wants = [grad and request.wants(name) for name in ("queries", "keys", "scale", "bias")]
     if not _plain(request) or (wants[2] and not wants[0] and not wants[1]):
         return None
+    flops = 2 * n * m * request.d
+    narrow = flops > LARGE and narrows(request.dtype, request.queries.device)
+    times = request.scale.detach().item() if isinstance(request.scale, Tensor) else float(request.scale)
+    if not times or not math.isfinite(times) or (narrow and not isinstance(objective, InfoNCE)):
+        return None
     wide = torch.float64 if request.dtype == "float64" else torch.float32
     queries, keys = request.queries.to(wide), request.keys.to(wide)
-    scale = request.scale
-    if isinstance(scale, Tensor):
-        scale = scale.detach().to(wide).reshape(())
-    flops = 2 * n * m * request.d
 
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        with products(request.precision, wide, queries.device, flops):
-            return torch.mm(left, right)
+    def product(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+        out = torch.empty((left.shape[0], right.shape[1]), dtype=wide)
+        with products(request.precision, wide, queries.device, flops, narrow=narrow):
+            return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
-    tile = product(queries * scale, keys.T)
+    tile = product(queries, keys.T, times)
     if isinstance(objective, InfoNCE):
         sides = objective.rows + objective.columns
-        found = _softmax(tile, objective, grad=any(wants))
+        found = _softmax(tile, objective, grad=any(wants), moments=narrow and wants[2])
     else:
         sides = 1
         found = _sigmoid(tile, request.bias, grad=any(wants))
     if found is None:
         return None
-    total, weight = found
+    total, weight, moment = found
     share = 1.0 / sides / (n if request.reduction == "mean" else 1)
     loss = (total * share).to(wide)
     into = product(tile, keys) if wants[0] else None
     onto = product(tile.T, queries) if wants[1] else None
     of_scale = None
     if wants[2]:
-        gradient, rows = (into, queries) if into is not None else (onto, keys)
-        of_scale = _like((gradient * rows).sum(1).sum(dtype=torch.float64) * share, request.scale, wide)
+        if moment is None:
+            gradient, rows = (into, queries) if into is not None else (onto, keys)
+            moment = (gradient * rows).sum(1).sum(dtype=torch.float64)
+        else:
+            moment = moment / times
+        of_scale = _like(moment * share, request.scale, wide)
     of_bias = None
     if wants[3]:
         of_bias = _like(weight * share if weight is not None else torch.zeros((), dtype=wide), request.bias, wide)
-    factor = scale * share
     for gradient in (into, onto):
         if gradient is not None:
-            gradient.mul_(factor)
+            gradient.mul_(times * share)
     return loss, Gradients(into, onto, of_scale, of_bias)
 
 
@@ -106,8 +113,12 @@ def _plain(request: Request) -> bool:
     )
 
 
-def _softmax(tile: Tensor, objective: InfoNCE, *, grad: bool) -> tuple[Tensor, None] | None:
-    """The sum of both sides' losses; with `grad` the logits in `tile` become weights, equations (1) and (2)."""
+def _softmax(
+    tile: Tensor, objective: InfoNCE, *, grad: bool, moments: bool
+) -> tuple[Tensor, None, Tensor | None] | None:
+    """The sum of both sides' losses; with `grad` the logits in `tile` become weights, equations (1) and (2); with
+    `moments` also the sum of the weights times the logits.
+    """
     n, m = tile.shape
     both = objective.rows and objective.columns
     # Only both masses together see an infinite row or key: one of them may hide behind exp(-inf).
@@ -117,8 +128,16 @@ def _softmax(tile: Tensor, objective: InfoNCE, *, grad: bool) -> tuple[Tensor, N
     lifted = tile.max() - HEAD
     sums = torch.zeros(n + m, dtype=tile.dtype)
     of_rows, of_columns = sums[:n], sums[n:]
+    weighed = torch.zeros(n + m if moments else 0, dtype=tile.dtype)
     for strip, where in _strips(tile):
+        logits = strip.clone() if moments else strip
         strip.sub_(lifted).exp_()
+        if moments:
+            logits.mul_(strip)
+            if objective.rows:
+                torch.sum(logits, 1, out=weighed[where])
+            if objective.columns:
+                weighed[n:].add_(logits.sum(0))
         if objective.rows:
             torch.sum(strip, 1, out=of_rows[where])
         if objective.columns:
@@ -142,10 +161,14 @@ def _softmax(tile: Tensor, objective: InfoNCE, *, grad: bool) -> tuple[Tensor, N
             else:
                 strip.mul_(parts[where].unsqueeze(1) if objective.rows else parts)
         tile.diagonal().sub_(2.0 if both else 1.0)
-    return total, None
+    if not moments:
+        return total, None, None
+    weighed = weighed if both else weighed[:n] if objective.rows else weighed[n:]
+    moment = (weighed * masses).sum(dtype=torch.float64)
+    return total, None, moment - positives.sum(dtype=torch.float64) * (2.0 if both else 1.0)
 
 
-def _sigmoid(tile: Tensor, bias: Any, *, grad: bool) -> tuple[Tensor, Tensor | None] | None:
+def _sigmoid(tile: Tensor, bias: Any, *, grad: bool) -> tuple[Tensor, Tensor, None] | None:
     """The sum of the losses, and of the weights; with `grad` the products in `tile` become weights, (3) and (4)."""
     tile.add_(bias.detach().to(tile.dtype).reshape(()) if isinstance(bias, Tensor) else bias)
     seen = tile.sum()
@@ -161,7 +184,7 @@ def _sigmoid(tile: Tensor, bias: Any, *, grad: bool) -> tuple[Tensor, Tensor | N
     if grad:
         tile.diagonal().neg_()
         weight = tile.sum(1).sum(dtype=torch.float64)
-    return total, weight
+    return total, weight, None
 
 
 def _strips(tile: Tensor) -> list[tuple[Tensor, slice]]:

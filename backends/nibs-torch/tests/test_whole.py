@@ -74,6 +74,7 @@ OPTIONS = {
         "objective": nibs.Sigmoid(same_id="exclude"),
     },
     "a scale's gradient alone": {"wrt": "scale"},
+    "a scale of zero": {"scale": 0.0},
 }
 
 
