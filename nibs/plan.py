@@ -48,7 +48,8 @@ class TileHint:
 
     rows, columns: of the best tile. buffers: accumulator-wide tiles alive at once on the plain path;
     masked: the same where masks, ids, margins or several positives make boolean tiles. Both are upper
-    bounds, also of what happens when a shared exponential underflows and the tile is redone.
+    bounds, also of what happens when a shared exponential underflows and the tile is redone. thin: rows of the thinnest
+    strip that is worth the product it saves.
     fixed: bytes held at any size. kernel: the name of the path, shown in plans. copies: whether operands
     are copied to the accumulation dtype; fused kernels without masks read them where they are.
     """
@@ -60,6 +61,7 @@ class TileHint:
     fixed: int = 0
     kernel: str = "plain"
     copies: bool = True
+    thin: int = STRIP
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +251,7 @@ def fit(
     fixed = (query_tile is not None, key_tile is not None)
     choices = [sweep] if sweep else _sweeps(job)
     for choice in choices:
-        for tile in _shrinking(rows, columns, fixed, job, choice, last=choice == choices[-1]):
+        for tile in _shrinking(rows, columns, fixed, job, choice, hint.thin, last=choice == choices[-1]):
             candidate = _cost(job, hint, *tile, choice)
             budget = memory if memory is not None else _default_budget(job.device) + candidate.linear
             if candidate.memory <= budget:
@@ -295,12 +297,14 @@ def _smallest(rows: int, columns: int, fixed: tuple[bool, bool], low: int) -> tu
 
 
 def _shrinking(
-    rows: int, columns: int, fixed: tuple[bool, bool], job: Job, sweep: Sweep, *, last: bool
+    rows: int, columns: int, fixed: tuple[bool, bool], job: Job, sweep: Sweep, strip: int, *, last: bool
 ) -> list[tuple[int, int]]:
     """Tiles from the largest down, halving the longer free side; a last resort goes down the furthest."""
     low_rows, low_columns = _smallest(rows, columns, fixed, SMALLEST if last else SLOW)
     if sweep == "strip":
-        thin = min(STRIP, columns if job.by_columns else rows)
+        # As thin as that; its other side as in any sweep, but no narrower.
+        thin = min(strip, columns if job.by_columns else rows)
+        low_rows, low_columns = max(low_rows, min(strip, rows)), max(low_columns, min(strip, columns))
         low_rows, low_columns = (low_rows, thin) if job.by_columns else (thin, low_columns)
     tiles = [(rows, columns)]
     while (rows, columns) != (low_rows, low_columns):

@@ -135,7 +135,8 @@ def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: 
     plain, full = item / 4 + 3 / least + 2**-10, item / 4 + 16 / least_busy + 2**-10
     sides = [(4096, 4096)] if card.arch == "interpreter" else tuning.macro_tiles(d, item, card.sms, AREA // item)
     return [
-        TileHint(rows, columns, full if busy else plain, full, kernel="triton", copies=copies or item == 4)
+        # A strip of small tiles would wait for its launches: it is taken where its tiles are whole.
+        TileHint(rows, columns, full if busy else plain, full, kernel="triton", copies=copies or item == 4, thin=rows)
         for rows, columns in sides
     ]
 

@@ -2,11 +2,13 @@
 
     calls(card)     a context in which nibs takes such tensors for real ones; yields every launch of a kernel
     Waited          what an operation raises in it that would make the host wait for the device, or copy to it
+    held(card)      the same, but launches are forgotten; yields what tensors on the card hold at most
+    compiled        a launch as Triton would compile it for a card
 
 PyTorch's fake tensors say where an operation would run and what would come of it; two modes over them watch. What waits
 for a device is known by name: the value of a scalar, indices of what is not zero, and any copy between host and device
 (from memory that is not pinned, both ways wait). So a call that passes here can be captured in a CUDA graph, as far as
-operators decide it. A launch is recorded instead of made: `compiled` gives it to Triton, as the launch would.
+operators decide it. A launch is recorded instead of made.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nibs_torch import autograd, backend, fused, tracing
 from nibs_torch.kernels import tuning
@@ -62,6 +66,29 @@ class Launch:
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of tensors that live on the card: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[Any, int]] = {}
+        self.peak = 0
+
+    def now(self) -> int:
+        """Bytes of storages that somebody still holds."""
+        self.storages = {key: one for key, one in self.storages.items() if not one[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor) and one.device.type == "cuda":
+                storage = one.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.now())
+        return out
 
 
 class Host(TorchDispatchMode):
@@ -142,10 +169,9 @@ def step(request: Any, kernels: Any, *, deferred: bool) -> Any:
 
 
 @contextmanager
-def calls(card: tuning.Card, monkeypatch: pytest.MonkeyPatch, *, capturing: bool = True) -> Iterator[list[Launch]]:
-    """Within it, tensors made with `device="cuda"` are fake, and nibs serves them as a card's.
-
-    capturing: whether PyTorch says that a CUDA graph is being captured.
+def calls(card: tuning.Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
+    """Within it, tensors made with `device="cuda"` are fake, nibs serves them as a card's, and PyTorch says that a CUDA
+    graph is being captured: so nothing that is fake is kept for other calls either.
     """
     launches: list[Launch] = []
 
@@ -161,9 +187,17 @@ def calls(card: tuning.Card, monkeypatch: pytest.MonkeyPatch, *, capturing: bool
     monkeypatch.setattr(tuning, "_cache", dict)
     monkeypatch.setattr(fused.FusedTiles, "_run", record)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(), Host(), Python():
         yield launches
+
+
+@contextmanager
+def held(card: tuning.Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    """`calls`, counting memory: a record of launches would keep their arguments alive."""
+    with calls(card, monkeypatch), Memory() as memory:
+        monkeypatch.setattr(fused.FusedTiles, "_run", lambda *_, **__: None)
+        yield memory
 
 
 class Driver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from pretended_gpu import CARDS, Waited, calls
+from pretended_gpu import CARDS, Waited, calls, held
 
 import nibs
-from nibs_torch import plugin
+from nibs_torch import backend, plugin
 
 N, M, D = 1000, 1200, 96
 INFONCE = nibs.InfoNCE()
@@ -56,7 +57,7 @@ CALLS: dict[str, Any] = {
 OTHERS = [("symmetric", torch.float16), ("masks", torch.float16), ("none", torch.float32), ("sigmoid", torch.float32)]
 
 
-@pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in CALLS), *OTHERS])
+@pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in CALLS), *OTHERS], ids=str)
 def test_nothing_in_a_step_waits_for_the_device(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     with calls(CARDS["sm_90"], monkeypatch) as launches:
         nibs.contrastive_loss(rows(N, dtype), rows(M, dtype), **CALLS[name]())
@@ -70,9 +71,45 @@ def test_nothing_in_loss_and_grad_waits_for_the_device(name: str, monkeypatch: p
         assert grads.queries.dtype == torch.bfloat16
 
 
-def test_an_lse_that_keeps_nothing_takes_few_launches_in_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+BUDGETS: dict[str, tuple[int, int, str | None]] = {
+    "large": (65_536, 768, None),
+    "cut off": (16_400, 768, None),
+    "kept": (4096, 768, None),
+    "by a budget": (1536, 64, "2MiB"),
+}
+
+
+@pytest.mark.parametrize("name", ["symmetric", "one way", "smoothing", "masks", "same id positive", "sigmoid"])
+@pytest.mark.parametrize("n, d, memory", list(BUDGETS.values()), ids=list(BUDGETS))
+def test_a_call_holds_no_more_than_its_plan_says(
+    n: int, d: int, memory: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Any] = []
+    real = backend.Call
+
+    def call(request: Any, tiles: Any, plan: Any, ring: Any, **options: Any) -> Any:
+        plans.append(plan)
+        return real(request, tiles, plan, ring, **options)
+
+    monkeypatch.setattr(backend, "Call", call)
+    monkeypatch.setattr(sys.modules[__name__], "N", n)
+    monkeypatch.setattr(sys.modules[__name__], "M", n)
+    with held(CARDS["sm_90"], monkeypatch) as seen, torch.no_grad():
+        sides, options = (rows(n, d=d), rows(n, d=d)), CALLS[name]()
+        before = seen.now()
+        nibs.contrastive_loss_and_grad(*sides, **options, **({} if memory is None else {"memory": memory}))
+        gradients = sum(one.nbytes for one in sides)
+    (plan,) = plans
+    assert seen.peak - before - gradients <= plan.memory
+    assert plan.kernel == "triton"
+
+
+@pytest.mark.parametrize("direction", ["symmetric", "query_to_key"])
+def test_a_large_batch_takes_few_launches_and_its_lse_no_more_memory(
+    direction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with calls(CARDS["sm_90"], monkeypatch) as launches:
-        nibs.contrastive_loss(rows(65_536, d=768), rows(65_536, d=768))
+        nibs.contrastive_loss(rows(65_536, d=768), rows(65_536, d=768), objective=nibs.InfoNCE(direction))
         found = [one for one in launches if one.name == "lse"]
         sums = [sum(one.nbytes for one in launch.arguments if isinstance(one, torch.Tensor)) for launch in found]
     (weights,) = {one.named["rows"] for one in launches if one.name == "weights"} - {65_536 % 11_008}
