@@ -223,6 +223,7 @@ def refusal_kept_to_itself(patch: Patch) -> None:
 LOSS = "test_the_loss_is_that_of_the_whole_batch_on_every_rank"
 GRADIENTS = "test_gradients_are_complete_as_returned"
 STATS = "test_stats_are_global"
+FETCHED = "test_shards_in_host_memory_travel_and_are_fetched"
 MEAN = "test_mean_undoes_what_an_averaging_wrapper_does"
 SUM = "test_sum_undoes_what_a_summing_wrapper_does"
 UNLIKE = "test_ranks_that_disagree_all_hear_of_both_sides"
@@ -240,7 +241,7 @@ MUTANTS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     masks_stay_at_home: (LOSS, GRADIENTS),
     one_ranks_loss_only: (LOSS, GRADIENTS, STATS),
     gradients_of_the_mean_over_ranks: (GRADIENTS,),
-    remote_gradients_dropped: (GRADIENTS,),
+    remote_gradients_dropped: (GRADIENTS, FETCHED),
     averaging_taken_for_summing: (MEAN,),
     scalars_summed_twice: (SUM,),
     rank_order_of_sums: (LOSS,),
