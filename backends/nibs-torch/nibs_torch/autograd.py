@@ -171,16 +171,24 @@ def _gradients(job: Job, tensors: Sequence[Any], saved: Sequence[Tensor], upstre
     if job.deferred:
         found = job.kernels.backward(job.filled(detached), saved, upstream)
         return [one.to(inputs[name].device, inputs[name].dtype) for name, one in zip(names, found, strict=True)]
-    return [_rounded(one, upstream, inputs[name]) for name, one in zip(names, saved, strict=True)]
-
-
-def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
-    """`gradient * upstream` in the dtype and on the device of `like`, rounded once."""
+    wanted = [(one, inputs[name]) for name, one in zip(names, saved, strict=True)]
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return (gradient * upstream).to(like.device, like.dtype)
+        return [(gradient * upstream).to(like.device, like.dtype) for gradient, like in wanted]
+    last = _last_backward()
+    plain = last and upstream.device.type == "cpu" and upstream.item() == 1.0  # loss.backward(), and nobody in between
+    return [_rounded(gradient, upstream, like, last=last, plain=plain) for gradient, like in wanted]
+
+
+def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor, *, last: bool, plain: bool) -> Tensor:
+    """`gradient * upstream` in the dtype and on the device of `like`, rounded once.
+
+    last: the gradient is not needed again. plain: the upstream factor is 1.
+    """
+    if plain:
+        return gradient.to(like.device, like.dtype)
     upstream = upstream.to(gradient.device)  # gradients of rows that were fetched are where the rows are
     if gradient.dtype == like.dtype and gradient.device == like.device:
-        return gradient.mul_(upstream) if _last_backward() else gradient * upstream
+        return gradient.mul_(upstream) if last else gradient * upstream
     if gradient.numel() <= STRIP:
         return (gradient * upstream).to(like.device, like.dtype)
     out = torch.empty_like(gradient, dtype=like.dtype)  # strip by strip, so that no wide copy is made

@@ -32,7 +32,8 @@ HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the 
 LOW = math.exp(HEAD - 80.0)  # a smaller row or column sum of lifted exponentials has lost terms that count
 SPREAD = 69.0  # natural-log width of a tile's lse values up to which one exponential serves all
 INFINITY = float("inf")
-STRIP = 1 << 18  # elements of a strip on a CPU: a megabyte of float32
+STRIP = 1 << 18  # elements of a strip on a CPU: a megabyte of float32,
+SHARE = 1 << 17  # or less, where a thread's share would not stay in its cache beside two scratch strips
 DEVICE_STRIP = 1 << 24  # elsewhere launches cost more than cache misses
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -49,7 +50,7 @@ class TorchTiles:
         self.device = device
         self.lowest = torch.finfo(self.accumulator).min
         self.rounds_weights = self._narrow = narrows(dtype, device)
-        self._strip = STRIP if device.type == "cpu" else DEVICE_STRIP
+        self._strip = min(STRIP, SHARE * torch.get_num_threads()) if device.type == "cpu" else DEVICE_STRIP
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: torch.Tensor | None = None
 

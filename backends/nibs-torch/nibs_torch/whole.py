@@ -32,6 +32,7 @@ from nibs_torch.tiles import HEAD, LOW, STRIP
 
 __all__ = ["whole"]
 
+TINY = 1e-20  # a smaller scale, zero too, would take the digits of its own gradient with it
 NEAR = 20.0  # a mass is at most e^(HEAD + log m): times e^NEAR it is far from float32's end
 
 
@@ -45,7 +46,7 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     flops = 2 * n * m * request.d
     narrow = flops > LARGE and narrows(request.dtype, request.queries.device)
     times = request.scale.detach().item() if isinstance(request.scale, Tensor) else float(request.scale)
-    if not times or not math.isfinite(times) or (narrow and not isinstance(objective, InfoNCE)):
+    if not TINY <= abs(times) < math.inf or (narrow and not isinstance(objective, InfoNCE)):
         return None
     wide = torch.float64 if request.dtype == "float64" else torch.float32
     queries, keys = request.queries.to(wide), request.keys.to(wide)
@@ -67,22 +68,19 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     total, weight, moment = found
     share = 1.0 / sides / (n if request.reduction == "mean" else 1)
     loss = (total * share).to(wide)
-    into = product(tile, keys) if wants[0] else None
-    onto = product(tile.T, queries) if wants[1] else None
+    into = product(tile, keys, times * share) if wants[0] else None
+    onto = product(tile.T, queries, times * share) if wants[1] else None
     of_scale = None
     if wants[2]:
         if moment is None:
             gradient, rows = (into, queries) if into is not None else (onto, keys)
             moment = (gradient * rows).sum(1).sum(dtype=torch.float64)
         else:
-            moment = moment / times
-        of_scale = _like(moment * share, request.scale, wide)
+            moment = moment * share
+        of_scale = _like(moment / times, request.scale, wide)
     of_bias = None
     if wants[3]:
         of_bias = _like(weight * share if weight is not None else torch.zeros((), dtype=wide), request.bias, wide)
-    for gradient in (into, onto):
-        if gradient is not None:
-            gradient.mul_(times * share)
     return loss, Gradients(into, onto, of_scale, of_bias)
 
 
