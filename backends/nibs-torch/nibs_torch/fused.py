@@ -542,6 +542,8 @@ class FusedTiles(TorchTiles):
         busy = problem.multi or problem.exclude or problem.exclude_self or problem.margin is not None
         busy = busy or (kernel != "weights" and (problem.sums or problem.stats))
         ragged = tile.queries.shape[0] % WHOLE != 0 or tile.keys.shape[0] % WHOLE != 0
+        if kernel == "sigmoid":  # where masks take as many registers as edges do
+            ragged = ragged or tile.query_mask is not None or tile.key_mask is not None
         kind = "kept" if kept else "ragged" if ragged else ""
         return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, kind=kind)
 
