@@ -50,11 +50,11 @@ def _struct(*names: str) -> np.dtype[Any]:
 
 _PAIRS = ("target", "query_mask", "key_mask", "query_ids", "key_ids", "diagonal", "rows", "columns")
 PACK_ARGS = _struct("source", "mask", "out", "rows", "dim", "row_stride", "column_stride", "slabs", "padded_rows")
-FOLD_ARGS = _struct("part", "shift", "mark", "out_shift", "out_mass", "length", "steps", "tile", "base", "step")
+FOLD_ARGS = _struct("part", "own", "shift", "mark", "out_shift", "out_mass", "length", "steps", "tile", "base", "step")
 SUM_ARGS = _struct("part", "out", "length", "steps")
 LSE_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", *_PAIRS),
-    *("row_part", "column_part", "shift", "mark", "row_tiles", "column_tiles", "positive"),
+    *("row_part", "column_part", "row_shift", "column_shift", "shift", "mark", "row_tiles", "column_tiles", "positive"),
 )
 WEIGHTS_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", *_PAIRS),
@@ -73,8 +73,7 @@ class Family:
 
     height, width: of the tiles that have a maximum of their own. block_height: of a thread block's tile. shared:
     bytes of dynamic shared memory. arch: what its kernels are compiled for, None for any. stays: thread blocks
-    take tile after tile, one thread block to a multiprocessor. redo, redo_shared: the kernel that redoes its marked
-    tiles.
+    take tile after tile, one thread block to a multiprocessor.
     """
 
     name: str
@@ -85,8 +84,6 @@ class Family:
     shared: int
     arch: str | None
     stays: bool
-    redo: str
-    redo_shared: int
 
 
 def _ring(height: int, width: int, stages: int) -> int:
@@ -94,16 +91,10 @@ def _ring(height: int, width: int, stages: int) -> int:
 
 
 # Signals and scratch of kernels/hopper.cuh, behind the stages: SCRATCH floats for each multiplying warpgroup.
-_HOPPER_REST = 2 * 4 * 8 + 2 * 4 * (2 * 4 + 64 + 4 * 256 + 2 * 256)
+_HOPPER_REST = 2 * 4 * 8 + 2 * 4 * (2 * 4 + 2 * (64 + 4 * 256))
 FAMILIES = {
-    "ampere": Family(
-        *("ampere", 128, 128, 128, 256, _ring(128, 128, 3), None, False),
-        *("nibs_ampere_redo", _ring(128, 128, 3)),
-    ),
-    "hopper": Family(
-        *("hopper", 64, 256, 128, 384, _ring(128, 256, 4) + _HOPPER_REST, "sm_90a", True),
-        *("nibs_ampere_redo_tall", _ring(64, 256, 3)),
-    ),
+    "ampere": Family("ampere", 128, 128, 128, 256, _ring(128, 128, 3), None, False),
+    "hopper": Family("hopper", 64, 256, 128, 384, _ring(128, 256, 4) + _HOPPER_REST, "sm_90a", True),
 }
 
 
@@ -194,30 +185,30 @@ class FastKernels:
         r, c, family = queries.rows, keys.rows, self.family
         down, across = -(-r // family.height), -(-c // family.width)
         args = self._tile(LSE_ARGS, queries, keys, scale, pairs)
-        row_part = self._floats(across, r) if rows else None
-        column_part = self._floats(down, c) if columns else None
+        row_part, row_shift = (self._floats(across, r) if rows else None for _ in range(2))
+        column_part, column_shift = (self._floats(down, c) if columns else None for _ in range(2))
         shift, mark = self._floats(down, across), self.xp.empty((down, across), self.xp.int32)
         positive = self.xp.zeros(r, self.xp.float32)
-        given = (("row_part", row_part), ("column_part", column_part), ("shift", shift), ("mark", mark))
-        for name, value in (*given, ("positive", positive)):
+        for name, value in (
+            *(("row_part", row_part), ("column_part", column_part), ("row_shift", row_shift)),
+            *(("column_shift", column_shift), ("shift", shift), ("mark", mark), ("positive", positive)),
+        ):
             args[name] = self.device.address(value)
         args["row_tiles"], args["column_tiles"] = down, across
         self._tiles("lse", args)
-        redo = f"{family.redo}_{self.format}"
-        if down * across:
-            self.device.kernel("ampere_lse.cu", redo)(down * across, 256, args, family.redo_shared)
+        self._tiles("redo", args)
         out: list[Any] = []
-        for part, length, steps, tile, base, step in (
-            (row_part, r, across, family.height, across, 1),
-            (column_part, c, down, family.width, 1, across),
+        for part, own, length, steps, tile, base, step in (
+            (row_part, row_shift, r, across, family.height, across, 1),
+            (column_part, column_shift, c, down, family.width, 1, across),
         ):
             if part is None:
                 out += [None, None]
                 continue
             out += [self._floats(length), self._floats(length)]
             fold = np.zeros(1, FOLD_ARGS)
-            arrays = ("part", part), ("shift", shift), ("mark", mark), ("out_shift", out[-2]), ("out_mass", out[-1])
-            for name, value in arrays:
+            arrays = ("part", part), ("own", own), ("shift", shift), ("mark", mark)
+            for name, value in (*arrays, ("out_shift", out[-2]), ("out_mass", out[-1])):
                 fold[name] = self.device.address(value)
             numbers = ("length", length), ("steps", steps), ("tile", tile), ("base", base), ("step", step)
             for name, number in numbers:
@@ -322,7 +313,7 @@ class FastKernels:
     def _tiles(self, what: str, args: Any) -> None:
         family = self.family
         tiles = -(-int(args["rows"][0]) // family.block_height) * -(-int(args["columns"][0]) // family.width)
-        file = f"{family.name}_lse.cu" if what == "lse" else f"{family.name}_weights.cu"
+        file = f"{family.name}_{'lse' if what in ('lse', 'redo') else 'weights'}.cu"
         kernel = self.device.kernel(file, f"nibs_{family.name}_{what}_{self.format}", arch=family.arch)
         if tiles:
             kernel(min(tiles, self.processors) if family.stays else tiles, family.threads, args, family.shared)

@@ -59,11 +59,10 @@ def plain_lse(queries: Any, keys: Any, scale: float, pairs: Any) -> tuple[Any, A
     return np.logaddexp.reduce(logits, 1), np.logaddexp.reduce(logits, 0), np.where(found, logits, 0).sum(1)
 
 
-def plain_fold(part: Any, shift: Any, mark: Any) -> Any:
+def plain_fold(part: Any, own: Any, shift: Any, mark: Any) -> Any:
     """Log-sum-exp of `[steps, length]` parts, whose tiles' shift and mark are `[steps, length]` too."""
-    sums = np.where(mark != 0, 1.0, part.astype(np.float64))
     with np.errstate(divide="ignore"):
-        each = np.where(mark != 0, part, shift + np.log2(sums))
+        each = np.where(mark != 0, own, shift) + np.log2(part.astype(np.float64))
     return np.logaddexp2.reduce(each, 0) * np.log(2.0)
 
 

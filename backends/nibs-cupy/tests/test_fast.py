@@ -229,6 +229,38 @@ def test_lse_values_far_apart_take_two_exponentials(family: str, name: str) -> N
     check_weights(fast(family, name), queries, keys, 200.0, designated(96, 96))
 
 
+def in_the_millions(name: str) -> tuple[Any, Any]:
+    """Logits of 2^22 and -2^22, give or take 6: whole numbers, so that every product and sum is exact in float32."""
+    random = np.random.default_rng(5)
+    queries, keys = random.integers(-2, 3, (2, 150, 3)).astype(np.float64)
+    queries[:, 0], keys[:, 0] = np.where(np.arange(150) % 3, 2048.0, -2048.0), 2048.0
+    return queries.astype(DTYPES[name]), keys.astype(DTYPES[name])
+
+
+@pytest.mark.parametrize(("family", "name"), KINDS)
+def test_logits_in_the_millions_keep_what_tells_them_apart(family: str, name: str) -> None:
+    """A float32 of that size knows halves, of its log2 not even those: no logit, shift or sum may be rounded twice."""
+    queries, keys = in_the_millions(name)
+    pairs, kernels = designated(150, 150), fast(family, name)
+    packed = kernels.pack(queries), kernels.pack(keys)
+    row_shift, row_mass, column_shift, column_mass, positive = kernels.lse(*packed, one(1.0), pairs)
+    row_lse, column_lse, logits = plain_lse(queries, keys, 1.0, pairs)
+    np.testing.assert_allclose(natural(row_shift, row_mass), row_lse, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(natural(column_shift, column_mass), column_lse, rtol=0, atol=1e-6)
+    assert (positive == logits).all()
+    sides = [rounded_weights(lse) for lse in (row_lse, column_lse)]
+    for given in ((*sides,), (sides[0], None), (None, sides[1])):
+        g, _ = kernels.weights(*packed, one(1.0), pairs, *given, one(1.0))
+        wanted = plain_weights(queries, keys, 1.0, pairs, *given)
+        np.testing.assert_allclose(numbers(g, name, 1.0), wanted, rtol=ROUNDING[name] + 4e-6, atol=2e-6)
+
+
+def rounded_weights(lse: Any) -> Weights:
+    """Weights 1 of every row: the shift a float32, the factor making up for its rounding."""
+    shift = lse.astype(np.float32)
+    return Weights(np.exp(shift - lse).astype(np.float32), shift, np.ones(len(lse), np.float32))
+
+
 def mutant(folder: Path, file: str, before: str, after: str) -> FastKernels:
     """The kernels with one line of tile.cuh changed; bfloat16 alone, to be quick."""
     for path in KERNELS.iterdir():
@@ -250,6 +282,15 @@ def test_without_the_first_guard_rows_would_be_lost(tmp_path: Path) -> None:
     kernels = mutant(tmp_path, "ampere_lse.cu", "constexpr float LOW = 8.0779357e-28f", "constexpr float LOW = -1.0f")
     with pytest.raises(AssertionError):
         check_lse(kernels, *far_apart("bfloat16"), 200.0, designated(96, 96))
+
+
+def test_a_shift_rounded_with_its_logit_would_lose_what_tells_large_ones_apart(tmp_path: Path) -> None:
+    before, after = "fmaf(logit, LOG2E, -middle)", "logit * LOG2E - middle"
+    kernels = mutant(tmp_path, "ampere_weights.cu", before, after)
+    queries, keys = np.abs(in_the_millions("bfloat16"))
+    side = rounded_weights(plain_lse(queries, keys, 1.0, Pairs())[0])
+    g, _ = kernels.weights(kernels.pack(queries), kernels.pack(keys), one(1.0), Pairs(), side, None, one(1.0))
+    assert np.abs(numbers(g, "bfloat16", 1.0).sum(1) - 1).max() > 0.05
 
 
 def test_without_the_second_guard_weights_would_be_wrong(tmp_path: Path) -> None:
@@ -305,16 +346,18 @@ def test_parts_of_marked_and_unmarked_tiles_fold_in_one_sum(random: Any) -> None
     logits = (random.standard_normal((6, 40)) * 30).astype(np.float32)
     shift, mark = logits.max(1), np.array([1, 0, 1, 0, 0, 1], np.int32)
     marked = np.broadcast_to(mark[:, None], logits.shape)
-    part = np.where(marked, logits, np.exp2(logits - shift[:, None]))
-    part[:, 3] = np.where(mark, -np.inf, 0)  # a row in which no tile has anything
+    own = logits - 3  # each row's own shift, far from the tile's
+    part = np.exp2(logits - np.where(marked, own, shift[:, None]))
+    part[:, 3] = 0  # a row in which no tile has anything
     out = np.zeros((2, 40), np.float32)
     arguments = np.zeros(1, FOLD_ARGS)
-    for name, value in (("part", part), ("shift", shift), ("mark", mark), ("out_shift", out[0]), ("out_mass", out[1])):
+    given = (("part", part), ("own", own), ("shift", shift), ("mark", mark))
+    for name, value in (*given, ("out_shift", out[0]), ("out_mass", out[1])):
         arguments[name] = value.ctypes.data
     for name, number in (("length", 40), ("steps", 6), ("tile", 40), ("base", 1), ("step", 1)):
         arguments[name] = number
     Runner().kernel("fold.cu", "nibs_fold_lse")(1, 128, arguments)
-    wanted = plain_fold(part, np.broadcast_to(shift[:, None], part.shape), marked)
+    wanted = plain_fold(part, own, np.broadcast_to(shift[:, None], part.shape), marked)
     assert wanted[3] == -np.inf
     np.testing.assert_allclose(natural(*out), wanted, rtol=0, atol=slack(100))
 

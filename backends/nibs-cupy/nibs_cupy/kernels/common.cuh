@@ -20,6 +20,7 @@ constexpr int SIDE = 16;                // threads along each side
 constexpr int EACH = 4;                 // rows, and columns, of a thread
 constexpr int SQUARE = SIDE * EACH;     // rows, and columns, of a thread block
 constexpr int THREADS = SIDE * SIDE;
+constexpr int BOUND = 448;              // what the compiler is told: for 256 it aims at 64 registers and spills
 constexpr int STEP = 16;                // of the width, taken into shared memory at a time
 constexpr int PITCH = SQUARE + 4;       // so that rows of shared memory begin in different banks
 
@@ -132,7 +133,9 @@ NIBS_DEVICE void products_of(const TileArgs& args, const Place& at, T (&acc)[EAC
     const i64 row = at.top + at.y * EACH, column = at.left + at.x * EACH;
     if (args.flags & KEPT) {
         const T* kept = static_cast<const T*>(args.products);
+        NIBS_UNROLL
         for (int i = 0; i < EACH; i++)
+            NIBS_UNROLL
             for (int j = 0; j < EACH; j++)
                 if (row + i < args.rows && column + j < args.columns) acc[i][j] = kept[(row + i) * args.columns + column + j];
         return;
@@ -159,6 +162,7 @@ NIBS_DEVICE void products_of(const TileArgs& args, const Place& at, T (&acc)[EAC
         __syncthreads();
     }
     if (args.exact)
+        NIBS_UNROLL
         for (int i = 0; i < EACH; i++) {
             const i64 found = row + i < args.rows ? designated_of(args, row + i) - column : -1;
             NIBS_UNROLL
@@ -167,7 +171,9 @@ NIBS_DEVICE void products_of(const TileArgs& args, const Place& at, T (&acc)[EAC
         }
     if (args.flags & KEEP) {
         T* kept = static_cast<T*>(args.products);
+        NIBS_UNROLL
         for (int i = 0; i < EACH; i++)
+            NIBS_UNROLL
             for (int j = 0; j < EACH; j++)
                 if (row + i < args.rows && column + j < args.columns) kept[(row + i) * args.columns + column + j] = acc[i][j];
     }
@@ -187,16 +193,18 @@ template <class T>
 NIBS_DEVICE Pairs pairs_of(const TileArgs& args, const Place& at, const T (&products)[EACH][EACH]) {
     Pairs pairs = {0, 0, 0, 0};
     const bool by_ids = args.flags & (MULTI | EXCLUDE);
+    NIBS_UNROLL
     for (int i = 0; i < EACH; i++) {
         const i64 row = at.top + at.y * EACH + i;
-        if (row >= args.rows) break;
+        if (row >= args.rows) continue;
         const bool present = !args.query_mask || args.query_mask[row];
         const i64 target = designated_of(args, row);
         const i64 id = by_ids ? args.query_ids[row] : 0;
         const T query_limit = args.flags & MARGIN ? static_cast<const T*>(args.query_limit)[row] : T(0);
+        NIBS_UNROLL
         for (int j = 0; j < EACH; j++) {
             const i64 column = at.left + at.x * EACH + j;
-            if (column >= args.columns) break;
+            if (column >= args.columns) continue;
             const unsigned bit = Pairs::bit(i, j);
             const bool designated = target == column;
             const bool equal = by_ids && id == args.key_ids[column];

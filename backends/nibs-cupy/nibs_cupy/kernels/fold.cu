@@ -1,14 +1,15 @@
 // Partial statistics of tiles to those of rows and of columns, in the order of the tiles: no atomics, the same bits each time.
 //
-//     nibs_fold_lse     part [steps, length], shift and mark of each tile -> shift, mass [length], natural
+//     nibs_fold_lse     part, own [steps, length], shift and mark of each tile -> shift, mass [length], natural
 //     nibs_fold_sum     part [steps, length] -> out [length], summed in double
 //
 // length: rows (or columns); steps: tiles along the other side. A row's tile at step t is
-// `row / tile * base + t * step` in the arrays of tiles. An unmarked tile holds sums of exp2(s - shift); a marked one
-// log2 of the sum itself. A row in which nothing is allowed leaves with mass 0 and the lowest shift.
+// `row / tile * base + t * step` in the arrays of tiles. A part is a sum of exp2(s LOG2E - shift), with the tile's shift
+// or, where that is marked, the row's own. A row in which nothing is allowed leaves with mass 0 and the lowest shift.
 //
-// The shift leaves in natural units and rounded, and the mass makes up for what the rounding lost, so that
-// shift + log(mass) is good to a float32 of the *mass*, however large the shift.
+// The shift leaves in natural units (by the LOG2E of tile.cuh, so that a lone logit comes out as it went in) and rounded,
+// and the mass makes up for what the rounding lost: shift + log(mass) is good to a float32 of the *mass*, however
+// large the shift.
 //
 // One thread a row. Bytes: 4 * steps * length read, twice. The plain twin is `plain_fold` in ../plain.py.
 #include "device.cuh"
@@ -17,6 +18,7 @@ namespace nibs {
 
 struct FoldArgs {
     const float* part;
+    const float* own;
     const float* shift;
     const int* mark;
     float* out_shift;
@@ -32,16 +34,10 @@ struct SumArgs {
 
 // Of one tile: mass * 2^shift. False if nothing was allowed in it; a NaN counts as something.
 NIBS_DEVICE bool tile_part(const FoldArgs& args, i64 row, i64 t, float& shift, float& mass) {
-    const i64 tile = row / args.tile * args.base + t * args.step;
-    const float part = args.part[t * args.length + row];
-    if (args.mark[tile]) {
-        shift = part;
-        mass = 1.0f;
-        return !(part == -range<float>::infinity());
-    }
-    shift = args.shift[tile];
-    mass = part;
-    return !(part == 0.0f);
+    const i64 tile = row / args.tile * args.base + t * args.step, at = t * args.length + row;
+    shift = args.mark[tile] ? args.own[at] : args.shift[tile];
+    mass = args.part[at];
+    return !(mass == 0.0f);
 }
 
 }  // namespace nibs
@@ -67,7 +63,7 @@ NIBS_KERNEL(nibs_fold_lse, FoldArgs, 128) {
         args.out_mass[row] = 0.0f;
         return;
     }
-    const double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
+    const double log2e = (double)1.44269504f;  // tile.cuh's
     // Far below the tile's maximum the mass is tiny: its power of two goes to the shift, where it costs nothing.
     double power = (double)top;
     if (total > 0.0 && total < 1.0e300) {
@@ -77,7 +73,7 @@ NIBS_KERNEL(nibs_fold_lse, FoldArgs, 128) {
             total *= __longlong_as_double((1023 - exponent) << 52);
         }
     }
-    const float natural = (float)(power * ln2);
+    const float natural = (float)(power / log2e);
     args.out_shift[row] = natural;
     args.out_mass[row] = (float)(total * (double)exp2f((float)(power - (double)natural * log2e)));
 }

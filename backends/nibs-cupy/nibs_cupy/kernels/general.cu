@@ -245,7 +245,9 @@ NIBS_DEVICE void weights(const TileArgs& args) {
     }
     T* out = static_cast<T*>(args.weights);
     const i64 top = at.top + at.y * EACH, left = at.left + at.x * EACH;
+    NIBS_UNROLL
     for (int i = 0; i < EACH; i++)
+        NIBS_UNROLL
         for (int j = 0; j < EACH; j++)
             if (top + i < args.rows && left + j < args.columns) out[(top + i) * args.columns + left + j] = s[i][j];
     if (args.flags & PRODUCT_SUM) {
@@ -301,7 +303,9 @@ NIBS_DEVICE void sigmoid(const TileArgs& args) {
     if (!(args.flags & WEIGHTS)) return;
     T* out = static_cast<T*>(args.weights);
     const i64 top = at.top + at.y * EACH, left = at.left + at.x * EACH;
+    NIBS_UNROLL
     for (int i = 0; i < EACH; i++)
+        NIBS_UNROLL
         for (int j = 0; j < EACH; j++)
             if (top + i < args.rows && left + j < args.columns) out[(top + i) * args.columns + left + j] = s[i][j];
     const T sum = joined<Sum>(at, weight, weight);
@@ -465,12 +469,12 @@ NIBS_DEVICE void plain_weights(const TileArgs& args) {
 
 }  // namespace nibs
 
-NIBS_KERNEL(nibs_lse_float32, nibs::TileArgs, nibs::THREADS) { nibs::lse<float>(args); }
-NIBS_KERNEL(nibs_lse_float64, nibs::TileArgs, nibs::THREADS) { nibs::lse<double>(args); }
-NIBS_KERNEL(nibs_weights_float32, nibs::TileArgs, nibs::THREADS) { nibs::weights<float>(args); }
-NIBS_KERNEL(nibs_weights_float64, nibs::TileArgs, nibs::THREADS) { nibs::weights<double>(args); }
-NIBS_KERNEL(nibs_sigmoid_float32, nibs::TileArgs, nibs::THREADS) { nibs::sigmoid<float>(args); }
-NIBS_KERNEL(nibs_sigmoid_float64, nibs::TileArgs, nibs::THREADS) { nibs::sigmoid<double>(args); }
+NIBS_KERNEL(nibs_lse_float32, nibs::TileArgs, nibs::BOUND) { nibs::lse<float>(args); }
+NIBS_KERNEL(nibs_lse_float64, nibs::TileArgs, nibs::BOUND) { nibs::lse<double>(args); }
+NIBS_KERNEL(nibs_weights_float32, nibs::TileArgs, nibs::BOUND) { nibs::weights<float>(args); }
+NIBS_KERNEL(nibs_weights_float64, nibs::TileArgs, nibs::BOUND) { nibs::weights<double>(args); }
+NIBS_KERNEL(nibs_sigmoid_float32, nibs::TileArgs, nibs::BOUND) { nibs::sigmoid<float>(args); }
+NIBS_KERNEL(nibs_sigmoid_float64, nibs::TileArgs, nibs::BOUND) { nibs::sigmoid<double>(args); }
 NIBS_KERNEL(nibs_fold_float32, nibs::FoldArgs, 128) { nibs::fold<float>(args); }
 NIBS_KERNEL(nibs_fold_float64, nibs::FoldArgs, 128) { nibs::fold<double>(args); }
 NIBS_KERNEL(nibs_merge_float32, nibs::MergeArgs, 128) { nibs::merge<float>(args); }
@@ -479,7 +483,7 @@ NIBS_KERNEL(nibs_scatter_float32, nibs::ScatterArgs, 128) { nibs::scatter<float>
 NIBS_KERNEL(nibs_scatter_float64, nibs::ScatterArgs, 128) { nibs::scatter<double>(args); }
 NIBS_KERNEL(nibs_poison_float32, nibs::PoisonArgs, 128) { nibs::poison<float>(args); }
 NIBS_KERNEL(nibs_poison_float64, nibs::PoisonArgs, 128) { nibs::poison<double>(args); }
-NIBS_KERNEL(nibs_plain_lse_float32, nibs::TileArgs, 128) { nibs::plain_lse<float>(args); }
-NIBS_KERNEL(nibs_plain_lse_float64, nibs::TileArgs, 128) { nibs::plain_lse<double>(args); }
+NIBS_KERNEL(nibs_plain_lse_float32, nibs::TileArgs, nibs::BOUND) { nibs::plain_lse<float>(args); }
+NIBS_KERNEL(nibs_plain_lse_float64, nibs::TileArgs, nibs::BOUND) { nibs::plain_lse<double>(args); }
 NIBS_KERNEL(nibs_plain_weights_float32, nibs::TileArgs, 128) { nibs::plain_weights<float>(args); }
 NIBS_KERNEL(nibs_plain_weights_float64, nibs::TileArgs, 128) { nibs::plain_weights<double>(args); }

@@ -55,9 +55,10 @@ struct HopperWalk {
     }
 };
 
-// Runs `work(s, place, scratch)` for each half tile of this thread block: s are its products <q, k>.
-template <class Format, class Args, class Work>
-NIBS_DEVICE void hopper_tiles(const Args& args, u8* shared, Work&& work) {
+// Runs `work(s, place, scratch)` for each half tile of this thread block whose tile is `wanted(row, column)`: s are its
+// products <q, k>.
+template <class Format, class Args, class Wanted, class Work>
+NIBS_DEVICE void hopper_tiles(const Args& args, u8* shared, const Wanted& wanted, Work&& work) {
     HopperShared& rest = *reinterpret_cast<HopperShared*>(shared + STAGES * STAGE);
     const HopperWalk walk(args.pairs);
     const int warpgroup = threadIdx.x / 128;
@@ -77,6 +78,7 @@ NIBS_DEVICE void hopper_tiles(const Args& args, u8* shared, Work&& work) {
         for (int tile = blockIdx.x; tile < walk.count(); tile += gridDim.x) {
             int row, column;
             walk.at(tile, row, column);
+            if (!wanted(row, column)) continue;
             for (int k = 0; k < (int)args.slabs; k++, slab++) {
                 const int stage = (int)(slab % STAGES);
                 Signal* full = &rest.full[stage];
@@ -94,6 +96,7 @@ NIBS_DEVICE void hopper_tiles(const Args& args, u8* shared, Work&& work) {
         for (int tile = blockIdx.x; tile < walk.count(); tile += gridDim.x) {
             int row, column;
             walk.at(tile, row, column);
+            if (!wanted(row, column)) continue;
             float s[128];
             clear<1, 32, 4, 1>(s);
             NIBS_ROLL

@@ -12,10 +12,14 @@
 
 namespace nibs {
 
+struct Everything {
+    NIBS_DEVICE bool operator()(int, int) const { return true; }
+};
+
 template <class Format>
 NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
-    const float scale = not_zero(*args.scale * LOG2E), lift = *args.out.lift;
-    hopper_tiles<Format>(args, shared, [&](float (&s)[128], const HopperPlace& place, float* scratch) {
+    const float scale = not_zero(*args.scale), lift = *args.out.lift;
+    hopper_tiles<Format>(args, shared, Everything(), [&](float (&s)[128], const HopperPlace& place, float* scratch) {
         if (place.first_row() >= args.pairs.rows) return;
         leave_out(s, forbidden(scale), args.pairs, place);
         gradient(s, args.pairs, args.of_rows, args.of_columns, scale, lift, args.out.product_part, place, scratch);
@@ -25,7 +29,7 @@ NIBS_DEVICE void weights(const WeightsArgs& args, u8* shared) {
 
 template <class Format>
 NIBS_DEVICE void sigmoid_tiles(const SigmoidArgs& args, u8* shared) {
-    hopper_tiles<Format>(args, shared, [&](float (&s)[128], const HopperPlace& place, float* scratch) {
+    hopper_tiles<Format>(args, shared, Everything(), [&](float (&s)[128], const HopperPlace& place, float* scratch) {
         if (place.first_row() >= args.pairs.rows) return;
         const float scale = not_zero(*args.scale), bias = *args.bias, lift = args.out.g ? *args.out.lift : 1.0f;  // a register less each
         leave_out(s, forbidden(scale), args.pairs, place);

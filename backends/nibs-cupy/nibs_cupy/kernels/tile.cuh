@@ -14,19 +14,19 @@
 //
 // which is the layout of mma.sync's sums and, with MF = 1, of wgmma's; so both families use this file.
 //
-// Logits are kept times log2(e), so that the exponential is a single instruction. There is no scale in
-// the operands: s = <q, k> * scale * log2(e) here, once, and the positive's logit comes out of the same product.
+// A logit is s = <q, k> * scale, rounded once, the same number in every kernel: in the lse, as the positive's logit and in the
+// weights. What is wanted of it is exp2(s LOG2E - u), u being any float32: one fused multiply-add whose product is not
+// rounded, so that the exponent is as good as it is small, however large s and u are. Shifts u are in these units, "log2";
+// back to natural ones goes by the same LOG2E, which so is a constant of the kernels and not an error.
 #pragma once
 
 #include "asynchronous.cuh"
 
 namespace nibs {
 
-constexpr float LOG2E = 1.44269504f;        // rounded to float32
-constexpr float LOG2E_REST = 1.925963e-8f;  // what that left out
-constexpr float LN2 = 0.693147181f;
+constexpr float LOG2E = 1.44269504f;
 constexpr float LOW = 8.0779357e-28f;  // 2^-90: a smaller sum may have lost terms that count, each below 2^-126
-constexpr float SPREAD = 100.0f;       // log2 width of a tile's lse values up to which one exponential serves all
+constexpr float SPREAD = 100.0f;  // log2 width of a tile's lse values up to which one exponential serves all
 constexpr i64 NO_DIAGONAL = (i64)1 << 62;
 
 // target [rows]: each row's designated column of this macro tile; another number, or no array, is none. query_mask
@@ -67,10 +67,10 @@ struct Group {
 template <int MF, int NF, int WM, int WN>
 struct Place {
     static constexpr int HEIGHT = WM * MF * 16, WIDTH = WN * NF * 8, WARPS = WM * WN;
-    // Scratch in shared memory, floats: two per warp, a row strip per warp column, a column strip per warp row, two more;
-    // or three row strips.
-    static constexpr int STRIPS = WN * HEIGHT + WM * WIDTH + 2 * WIDTH, THREE = 3 * WN * HEIGHT;
-    static constexpr int SCRATCH = 2 * WARPS + (STRIPS > THREE ? STRIPS : THREE);
+    // Scratch in shared memory, floats: two per warp; then, twice, a row strip per warp column and a column strip per warp
+    // row. Elsewhere the same room is three row strips, or two column strips in the place of the second ones.
+    static constexpr int STRIPS = WN * HEIGHT + WM * WIDTH, SCRATCH = 2 * WARPS + 2 * STRIPS;
+    static_assert(WM >= 2, "two column strips fit");
     Group group;
     i64 tile_row, tile_column;  // of the tile, in tiles
     int warp_row, warp_column, lane;
@@ -91,7 +91,7 @@ struct Place {
     NIBS_DEVICE float* of_warps(float* scratch) const { return scratch; }
     NIBS_DEVICE float* of_rows(float* scratch) const { return scratch + 2 * WARPS; }
     NIBS_DEVICE float* of_columns(float* scratch) const { return scratch + 2 * WARPS + WN * HEIGHT; }
-    NIBS_DEVICE float* of_weights(float* scratch) const { return scratch + 2 * WARPS + WN * HEIGHT + WM * WIDTH; }
+    NIBS_DEVICE float* of_weights(float* scratch) const { return of_rows(scratch) + STRIPS; }
 };
 
 template <class A, class B>
@@ -169,19 +169,6 @@ NIBS_DEVICE void clear(float (&s)[MF * NF * 4]) {
     for (int i = 0; i < MF * NF * 4; i++) s[i] = 0.0f;
 }
 
-// Calls work(value, m, n, h, e) for each logit that this thread holds.
-template <int MF, int NF, class Work>
-NIBS_DEVICE void each(float (&s)[MF * NF * 4], Work&& work) {
-    NIBS_UNROLL
-    for (int m = 0; m < MF; m++) {
-        NIBS_UNROLL
-        for (int n = 0; n < NF; n++) {
-            NIBS_UNROLL
-            for (int k = 0; k < 4; k++) work(s[(m * NF + n) * 4 + k], m, n, k >> 1, k & 1);
-        }
-    }
-}
-
 // Forbidden pairs become `out`, -infinity as a logit: exp2 of it is 0, its softplus is 0, its weight is 0. NaN of an absent
 // row goes too.
 // Which they are is gathered into bits first, by loops that stay loops: unrolled into each of the sums this would be
@@ -239,34 +226,38 @@ NIBS_DEVICE void each_designated(float (&s)[MF * NF * 4], const Pairs& pairs, co
 // -- softmax: statistics ------------------------------------------------------------------------------
 
 // row_part [column tiles, rows], column_part [row tiles, columns], shift and mark [row tiles, column tiles]. Either part may
-// be null. An unmarked tile's parts are sums of exp2(s - shift); a marked one's are log2 of sums of exp2(s).
+// be null. Parts are sums of exp2(s LOG2E - shift); of a marked tile, each with a shift of its own in row_shift and
+// column_shift, of the shapes of the parts. One number would not do: sum and shift in one is a float32 of the shift.
 struct Parts {
     float* row_part;
     float* column_part;
+    float* row_shift;
+    float* column_shift;
     float* shift;
     int* mark;
     i64 row_tiles, column_tiles;
 };
 
-// One value for each row: joined over the row's threads and the warps beside each other, stored by the first threads.
-template <class Join, int MF, int NF, int WM, int WN>
-NIBS_DEVICE void rows_to_scratch(float (&v)[MF * 2], const Place<MF, NF, WM, WN>& place, float* strip) {
-    typedef Place<MF, NF, WM, WN> Where;
-    NIBS_UNROLL
-    for (int k = 0; k < MF * 2; k++) {
-        v[k] = over_row<Join>(v[k]);
-        if ((place.lane & 3) == 0) strip[place.warp_column * Where::HEIGHT + place.own_row(k / 2, k & 1)] = v[k];
-    }
+// One value of this thread's k-th row: joined over the row's threads, stored by the first of them, a strip per warp column.
+template <class Join, class Where>
+NIBS_DEVICE void row_to_scratch(float value, int k, const Where& place, float* strip) {
+    value = over_row<Join>(value);
+    if ((place.lane & 3) == 0) strip[place.warp_column * Where::HEIGHT + place.own_row(k / 2, k & 1)] = value;
 }
-template <class Join, int MF, int NF, int WM, int WN>
-NIBS_DEVICE void columns_to_scratch(float (&v)[NF * 2], const Place<MF, NF, WM, WN>& place, float* strip) {
-    typedef Place<MF, NF, WM, WN> Where;
-    over_columns<Join, NF * 2, 16>(v, place.lane);
-    const int first = first_kept<NF * 2>(place.lane);
+template <class Join, int ROWS, class Where>
+NIBS_DEVICE void rows_to_scratch(const float (&v)[ROWS], const Where& place, float* strip) {
     NIBS_UNROLL
-    for (int k = 0; k < NF / 4; k++) {
-        const int which = first + k;
-        strip[place.warp_row * Where::WIDTH + place.own_column(which / 2, which & 1)] = v[k];
+    for (int k = 0; k < ROWS; k++) row_to_scratch<Join>(v[k], k, place, strip);
+}
+// The same for the columns of FRAGMENTS fragments from `first` on.
+template <class Join, int FRAGMENTS, class Where>
+NIBS_DEVICE void columns_to_scratch(float (&v)[FRAGMENTS * 2], int first, const Where& place, float* strip) {
+    over_columns<Join, FRAGMENTS * 2, 16>(v, place.lane);
+    const int kept = first_kept<FRAGMENTS * 2>(place.lane);
+    NIBS_UNROLL
+    for (int k = 0; k < FRAGMENTS / 4; k++) {
+        const int which = kept + k;
+        strip[place.warp_row * Where::WIDTH + place.own_column(first + which / 2, which & 1)] = v[k];
     }
 }
 template <class Join>
@@ -276,6 +267,9 @@ NIBS_DEVICE float from_strips(const float* strip, int at, int pitch, int strips)
     return value;
 }
 
+// A maximum as a shift; 0 for a row without any pair, whose sum then is one of zeros.
+NIBS_DEVICE float shift_of(float top) { return top == minus_infinity() ? 0.0f : top * LOG2E; }
+
 // The shared shift: one maximum, one exponential, both sums; a sum that is too small marks the tile.
 template <int MF, int NF, int WM, int WN>
 NIBS_DEVICE void statistics(float (&s)[MF * NF * 4], const Pairs& pairs, const Parts& parts, const Place<MF, NF, WM, WN>& place, float* scratch) {
@@ -284,7 +278,7 @@ NIBS_DEVICE void statistics(float (&s)[MF * NF * 4], const Pairs& pairs, const P
     NIBS_UNROLL
     for (int i = 1; i < MF * NF * 4; i++) top = fmaxf(top, s[i]);
     top = over_group<Larger>(top, place, place.of_warps(scratch));
-    if (top == minus_infinity()) top = 0.0f;  // nothing allowed: sums of 0
+    const float shift = shift_of(top);
     float rows[MF * 2];
     NIBS_UNROLL
     for (int k = 0; k < MF * 2; k++) rows[k] = 0.0f;
@@ -298,7 +292,7 @@ NIBS_DEVICE void statistics(float (&s)[MF * NF * 4], const Pairs& pairs, const P
             for (int m = 0; m < MF; m++) {
                 NIBS_UNROLL
                 for (int h = 0; h < 2; h++) {
-                    const float one = exp2_fast(s[(m * NF + n) * 4 + 2 * h + e] - top);
+                    const float one = exp2_fast(fmaf(s[(m * NF + n) * 4 + 2 * h + e], LOG2E, -shift));
                     rows[2 * m + h] += one;
                     sum += one;
                 }
@@ -307,8 +301,8 @@ NIBS_DEVICE void statistics(float (&s)[MF * NF * 4], const Pairs& pairs, const P
         }
     }
     float *row_strip = place.of_rows(scratch), *column_strip = place.of_columns(scratch);
-    rows_to_scratch<Add, MF, NF, WM, WN>(rows, place, row_strip);
-    columns_to_scratch<Add, MF, NF, WM, WN>(columns, place, column_strip);
+    rows_to_scratch<Add>(rows, place, row_strip);
+    columns_to_scratch<Add, NF>(columns, 0, place, column_strip);
     place.group.meet_all();
     bool low = false;
     if (parts.row_part)
@@ -328,66 +322,73 @@ NIBS_DEVICE void statistics(float (&s)[MF * NF * 4], const Pairs& pairs, const P
     const float marked = over_group<Larger>(low ? 1.0f : 0.0f, place, place.of_warps(scratch) + Where::WARPS);
     if (place.group.thread == 0) {
         const i64 tile = place.tile_row * parts.column_tiles + place.tile_column;
-        parts.shift[tile] = top;
+        parts.shift[tile] = shift;
         parts.mark[tile] = marked > 0.0f;
     }
 }
 
-// Each row and each column with its own maximum: what a marked tile is redone with. Slower, and always right.
+template <int COUNT>
+NIBS_DEVICE void fill(float (&values)[COUNT], float with) {
+    NIBS_UNROLL
+    for (int k = 0; k < COUNT; k++) values[k] = with;
+}
+
+// Each row and each column with its own maximum: what a marked tile is redone with. Slower, and always right. Columns go
+// by a few at a time, for a warpgroup of Hopper holds 64 of them and has no registers for their maxima and sums.
 template <int MF, int NF, int WM, int WN>
 NIBS_DEVICE void own_statistics(float (&s)[MF * NF * 4], const Pairs& pairs, const Parts& parts, const Place<MF, NF, WM, WN>& place, float* scratch) {
     typedef Place<MF, NF, WM, WN> Where;
+    constexpr int AT_ONCE = 4;  // fragments
     float *row_strip = place.of_rows(scratch), *column_strip = place.of_columns(scratch);
-    float rows[MF * 2], columns[NF * 2], row_top[MF * 2], column_top[NF * 2];
+    float *row_sums = row_strip + Where::STRIPS, *column_sums = column_strip + Where::STRIPS;
+    float rows[MF * 2], row_shift[MF * 2], columns[AT_ONCE * 2], column_shift[AT_ONCE * 2];
+    // Of the EACH logits of AT_ONCE fragments from n on, the k-th: its value, the k of its row, and of its column.
+    const auto each = [&](int n, int k) -> float { return s[(k / (AT_ONCE * 4) * NF + n) * 4 + k % (AT_ONCE * 4)]; };
+    constexpr int EACH = MF * AT_ONCE * 4;
+    const auto row_of = [](int k) { return k / (AT_ONCE * 4) * 2 + (k >> 1 & 1); };
+    const auto column_of = [](int k) { return k % (AT_ONCE * 4) / 4 * 2 + (k & 1); };
+    fill(rows, minus_infinity());
     NIBS_UNROLL
-    for (int k = 0; k < MF * 2; k++) rows[k] = minus_infinity();
-    NIBS_UNROLL
-    for (int k = 0; k < NF * 2; k++) columns[k] = minus_infinity();
-    each<MF, NF>(s, [&](float value, int m, int n, int h, int e) {
-        rows[2 * m + h] = fmaxf(rows[2 * m + h], value);
-        columns[2 * n + e] = fmaxf(columns[2 * n + e], value);
-    });
-    rows_to_scratch<Larger, MF, NF, WM, WN>(rows, place, row_strip);
-    columns_to_scratch<Larger, MF, NF, WM, WN>(columns, place, column_strip);
+    for (int n = 0; n < NF; n += AT_ONCE) {
+        fill(columns, minus_infinity());
+        NIBS_UNROLL
+        for (int k = 0; k < EACH; k++) {
+            rows[row_of(k)] = fmaxf(rows[row_of(k)], each(n, k));
+            columns[column_of(k)] = fmaxf(columns[column_of(k)], each(n, k));
+        }
+        columns_to_scratch<Larger, AT_ONCE>(columns, n, place, column_strip);
+    }
+    rows_to_scratch<Larger>(rows, place, row_strip);
     place.group.meet_all();
     NIBS_UNROLL
-    for (int k = 0; k < MF * 2; k++) {
-        row_top[k] = from_strips<Larger>(row_strip, place.own_row(k / 2, k & 1), Where::HEIGHT, WN);
-        rows[k] = 0.0f;
-    }
+    for (int k = 0; k < MF * 2; k++) row_shift[k] = shift_of(from_strips<Larger>(row_strip, place.own_row(k / 2, k & 1), Where::HEIGHT, WN));
+    fill(rows, 0.0f);
     NIBS_UNROLL
-    for (int k = 0; k < NF * 2; k++) {
-        column_top[k] = from_strips<Larger>(column_strip, place.own_column(k / 2, k & 1), Where::WIDTH, WM);
-        columns[k] = 0.0f;
+    for (int n = 0; n < NF; n += AT_ONCE) {
+        NIBS_UNROLL
+        for (int k = 0; k < AT_ONCE * 2; k++)
+            column_shift[k] = shift_of(from_strips<Larger>(column_strip, place.own_column(n + k / 2, k & 1), Where::WIDTH, WM));
+        fill(columns, 0.0f);
+        NIBS_UNROLL
+        for (int k = 0; k < EACH; k++) {
+            rows[row_of(k)] += exp2_fast(fmaf(each(n, k), LOG2E, -row_shift[row_of(k)]));
+            columns[column_of(k)] += exp2_fast(fmaf(each(n, k), LOG2E, -column_shift[column_of(k)]));
+        }
+        columns_to_scratch<Add, AT_ONCE>(columns, n, place, column_sums);
     }
-    place.group.meet_all();  // the maxima are read before sums take their place
-    each<MF, NF>(s, [&](float value, int m, int n, int h, int e) {
-        if (value == minus_infinity()) return;
-        rows[2 * m + h] += exp2_fast(value - row_top[2 * m + h]);
-        columns[2 * n + e] += exp2_fast(value - column_top[2 * n + e]);
-    });
-    // log2 of the sum, with the maximum of a row that has none set to 0: 0 + log2(0) is -infinity.
-    NIBS_UNROLL
-    for (int k = 0; k < MF * 2; k++) row_top[k] = row_top[k] == minus_infinity() ? 0.0f : row_top[k];
-    rows_to_scratch<Add, MF, NF, WM, WN>(rows, place, row_strip);
-    columns_to_scratch<Add, MF, NF, WM, WN>(columns, place, column_strip);
+    rows_to_scratch<Add>(rows, place, row_sums);
     place.group.meet_all();
-    if (parts.row_part && place.warp_column == 0 && (place.lane & 3) == 0) {
-        NIBS_UNROLL
-        for (int k = 0; k < MF * 2; k++) {
-            const i64 i = place.row(k / 2, k & 1);
-            const float sum = from_strips<Add>(row_strip, place.own_row(k / 2, k & 1), Where::HEIGHT, WN);
-            if (i < pairs.rows) parts.row_part[place.tile_column * pairs.rows + i] = row_top[k] + log2f(sum);
-        }
+    for (int at = place.group.thread; at < Where::HEIGHT; at += place.group.threads) {
+        const i64 i = place.first_row() + at, to = place.tile_column * pairs.rows + i;
+        if (!parts.row_part || i >= pairs.rows) break;
+        parts.row_part[to] = from_strips<Add>(row_sums, at, Where::HEIGHT, WN);
+        parts.row_shift[to] = shift_of(from_strips<Larger>(row_strip, at, Where::HEIGHT, WN));
     }
-    if (parts.column_part && place.warp_row == 0 && place.lane < 4) {
-        NIBS_UNROLL
-        for (int k = 0; k < NF * 2; k++) {
-            const i64 j = place.column(k / 2, k & 1);
-            const float sum = from_strips<Add>(column_strip, place.own_column(k / 2, k & 1), Where::WIDTH, WM);
-            const float own = column_top[k] == minus_infinity() ? 0.0f : column_top[k];
-            if (j < pairs.columns) parts.column_part[place.tile_row * pairs.columns + j] = own + log2f(sum);
-        }
+    for (int at = place.group.thread; at < Where::WIDTH; at += place.group.threads) {
+        const i64 j = place.first_column() + at, to = place.tile_row * pairs.columns + j;
+        if (!parts.column_part || j >= pairs.columns) break;
+        parts.column_part[to] = from_strips<Add>(column_sums, at, Where::WIDTH, WM);
+        parts.column_shift[to] = shift_of(from_strips<Larger>(column_strip, at, Where::WIDTH, WM));
     }
 }
 
@@ -442,10 +443,6 @@ NIBS_DEVICE float forbidden(float scale) { return scale < 0.0f ? range<float>::i
 
 // g <q, k>, of which a pair that was left out has none.
 NIBS_DEVICE float weighed(float g, float product) { return g == 0.0f ? 0.0f : g * product; }
-
-NIBS_DEVICE float to_log2(float shift, float from) {  // shift * log2(e) - from, with the bits that the constant lacks
-    return fmaf(shift, LOG2E, -from) + shift * LOG2E_REST;
-}
 
 // Four threads that share a row hold words of two columns in four fragments; each leaves with one fragment's four words.
 NIBS_DEVICE void transpose(u32 (&x)[4], int t) {
@@ -509,7 +506,7 @@ NIBS_DEVICE void store(float (&s)[MF * NF * 4], const Pairs& pairs, const Output
 }
 
 // g = row factor exp(s - row shift) + column factor exp(s - column shift) - targets on the designated, in the place of the
-// products <q, k>; scale: to logits in log2 units.
+// products <q, k>.
 template <int MF, int NF, int WM, int WN>
 NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Side& rows, const Side& columns, float scale, float lift,
                           float* product_part, const Place<MF, NF, WM, WN>& place, float* scratch) {
@@ -518,7 +515,7 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
     float low = range<float>::infinity(), high = minus_infinity();
     const auto look = [&](const Side& side, i64 at, i64 end) {
         if (!side.factor || at >= end) return;
-        const float value = to_log2(side.shift[at], 0.0f);
+        const float value = side.shift[at] * LOG2E;
         if (value == range<float>::infinity()) return;
         low = fminf(low, value);
         high = fmaxf(high, value);
@@ -537,8 +534,8 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
         float factor = 0.0f, shift = 0.0f;
         if (columns.factor && j < pairs.columns) {
             factor = columns.factor[j] * lift;
-            shift = to_log2(columns.shift[j], middle);
-            if (close) factor *= exp2_fast(-shift);
+            shift = columns.shift[j];
+            if (close) factor *= exp2_fast(fmaf(-shift, LOG2E, middle));
         }
         factors[at] = factor;
         shifts[at] = shift;
@@ -562,8 +559,8 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
             float factor = 0.0f, shift = 0.0f;
             if (rows.factor && i < pairs.rows) {
                 factor = rows.factor[i] * lift;
-                shift = to_log2(rows.shift[i], middle);
-                if (close) factor *= exp2_fast(-shift);
+                shift = rows.shift[i];
+                if (close) factor *= exp2_fast(fmaf(-shift, LOG2E, middle));
             }
             NIBS_UNROLL
             for (int n = 0; n < NF; n++) {
@@ -571,13 +568,15 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
                 for (int e = 0; e < 2; e++) {
                     float& value = s[(m * NF + n) * 4 + 2 * h + e];
                     const int at = place.own_column(n, e);
-                    // Where nobody is an anchor the exponent has no bound, and infinity times 0 would be NaN.
-                    const float product = value, above = fmaf(product, scale, -middle);
-                    if (close) value = exp2_fast(above > SPREAD ? SPREAD : above) * (factor + factors[at]);
-                    else {
-                        float g = 0.0f;
-                        if (factor != 0.0f) g += factor * exp2_fast(above - shift);
-                        if (factors[at] != 0.0f) g += factors[at] * exp2_fast(above - shifts[at]);
+                    const float product = value, logit = product * scale;
+                    if (close) {
+                        // Where nobody is an anchor the exponent has no bound, and infinity times 0 would be NaN.
+                        const float above = fmaf(logit, LOG2E, -middle);
+                        value = exp2_fast(above > SPREAD ? SPREAD : above) * (factor + factors[at]);
+                    } else {
+                        float g = 0.0f;  // differences of natural numbers: exact where the weight is not 0
+                        if (factor != 0.0f) g += factor * exp2_fast((logit - shift) * LOG2E);
+                        if (factors[at] != 0.0f) g += factors[at] * exp2_fast((logit - shifts[at]) * LOG2E);
                         value = g;
                     }
                     products[2 * m + h] += weighed(value, product);
@@ -587,7 +586,7 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
     }
     each_designated(s, pairs, place, [&](float value, i64 i, i64 j, int) { return value - target_of(i, j); });
     if (product_part) {
-        rows_to_scratch<Add, MF, NF, WM, WN>(products, place, place.of_rows(scratch));
+        rows_to_scratch<Add>(products, place, place.of_rows(scratch));
         place.group.meet_all();
         const float drop = inverse_of_power(lift);
         for (int at = place.group.thread; at < Where::HEIGHT; at += place.group.threads) {
@@ -622,8 +621,12 @@ template <bool PRODUCTS, int MF, int NF, int WM, int WN>
 NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const float* factor, float scale, float bias, float lift, float* loss_part,
                          float* weight_part, float* product_part, const Place<MF, NF, WM, WN>& place, float* scratch) {
     typedef Place<MF, NF, WM, WN> Where;
-    float losses[MF * 2], weights[MF * 2], products[MF * 2];
+    constexpr int STRIP = WN * Where::HEIGHT;
+    float* strips = place.of_rows(scratch);
+    static_assert(3 * STRIP <= Where::SCRATCH - 2 * Where::WARPS, "three strips fit");
+    float losses[MF * 2], weights[MF * 2];  // of PRODUCTS, all three leave row by row: registers are what is short there
     const float drop = inverse_of_power(lift);
+    place.group.meet_all();  // the strips have been read, of the tile before
     if constexpr (!PRODUCTS) {
         NIBS_UNROLL
         for (int k = 0; k < MF * NF * 4; k++) s[k] = fmaf(s[k], scale, bias);
@@ -671,23 +674,24 @@ NIBS_DEVICE void sigmoid(float (&s)[MF * NF * 4], const Pairs& pairs, const floa
                     value = g;
                 }
             }
-            losses[2 * m + h] = loss;
-            weights[2 * m + h] = weight * drop;
-            products[2 * m + h] = product * drop;
+            if constexpr (PRODUCTS) {
+                row_to_scratch<Add>(loss, 2 * m + h, place, strips);
+                row_to_scratch<Add>(weight * drop, 2 * m + h, place, strips + STRIP);
+                row_to_scratch<Add>(product * drop, 2 * m + h, place, strips + 2 * STRIP);
+            } else {
+                losses[2 * m + h] = loss;
+                weights[2 * m + h] = weight * drop;
+            }
         }
     }
-    if constexpr (!PRODUCTS)
+    if constexpr (!PRODUCTS) {
         each_designated(s, pairs, place, [&](float value, i64, i64, int slot) {
             weights[slot] -= 2.0f * drop * value;
             return -value;
         });
-    constexpr int STRIP = WN * Where::HEIGHT;
-    float* strips = place.of_rows(scratch);
-    static_assert(3 * STRIP <= Where::SCRATCH - 2 * Where::WARPS, "three strips fit");
-    place.group.meet_all();  // of the tile before
-    rows_to_scratch<Add, MF, NF, WM, WN>(losses, place, strips);
-    rows_to_scratch<Add, MF, NF, WM, WN>(weights, place, strips + STRIP);
-    if (PRODUCTS) rows_to_scratch<Add, MF, NF, WM, WN>(products, place, strips + 2 * STRIP);
+        rows_to_scratch<Add>(losses, place, strips);
+        rows_to_scratch<Add>(weights, place, strips + STRIP);
+    }
     place.group.meet_all();
     float* const parts[3] = {loss_part, weight_part, product_part};
     for (int at = place.group.thread; at < Where::HEIGHT; at += place.group.threads) {
