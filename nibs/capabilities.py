@@ -50,6 +50,7 @@ class Capabilities:
     objectives: `"InfoNCE"`, `"Sigmoid"`.
     features: keys of `FEATURES`.
     collectives: full class names of the ring handles it takes; `"nibs.ring.Ring"` is the core's own.
+    elsewhere: what a user types to have it run on other devices, if there is such a thing.
     """
 
     devices: frozenset[str] = frozenset()
@@ -57,6 +58,7 @@ class Capabilities:
     objectives: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
     collectives: frozenset[str] = frozenset()
+    elsewhere: str = ""
 
     def __post_init__(self) -> None:
         for name in ("devices", "dtypes", "objectives", "features", "collectives"):
@@ -74,7 +76,9 @@ class Capabilities:
             return f"it takes {_list(self.dtypes)}, not {request.dtype}"
         kind = device_kind(request.device)
         if kind not in self.devices and kind not in ("sharded", "traced"):
-            return f"it runs on {_list(self.devices)}, not on {kind}"
+            return f"it runs on {_list(self.devices)}, not on {kind}" + (
+                f" ({self.elsewhere})" if self.elsewhere else ""
+            )
         objective = type(request.objective).__name__
         if objective not in self.objectives:
             return f"it has {_list(self.objectives)}, not {objective}"

@@ -51,7 +51,9 @@ class TileHint:
     bounds, also of what happens when a shared exponential underflows and the tile is redone. thin: rows of the thinnest
     strip that is worth the product it saves.
     fixed: bytes held at any size. kernel: the name of the path, shown in plans. copies: whether operands
-    are copied to the accumulation dtype; fused kernels without masks read them where they are.
+    are copied to the accumulation dtype; fused kernels without masks read them where they are. panel: bytes
+    to whose multiples each row of an operand is padded where kernels read it packed, 256 rows together;
+    0: they do not.
     """
 
     rows: int = 1024
@@ -62,6 +64,7 @@ class TileHint:
     kernel: str = "plain"
     copies: bool = True
     thin: int = STRIP
+    panel: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +347,8 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
     copied = hint.copies or job.masked
     copies = copied and (job.half or job.masked)
     operands = rows * d * a * copied + (rows + columns) * d * a * copies + max(rows, columns) * d * b * job.masked
+    if hint.panel:
+        operands += sum(-(-count // 256) * 256 for count in (rows, columns)) * (-(-d * b // hint.panel) * hint.panel)
     if gradients:
         # A tile's share of a gradient before it is added, or a strip times its operand for the scale's gradient.
         operands += max(rows, columns) * d * a * (copied + copies)

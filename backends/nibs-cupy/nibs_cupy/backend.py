@@ -10,14 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nibs.arrays import describe, dtype_name
+from nibs.arrays import BYTES, describe, dtype_name
 from nibs.errors import InvalidInput
 from nibs.plan import TileHint, plan_request
 from nibs.request import Request
 from nibs.schedule import Call
 from nibs.spec import Backend
 from nibs_cupy.device import Cuda, Host, open_device
-from nibs_cupy.fast import FAMILIES, why_not
+from nibs_cupy.fast import FAMILIES, SLAB, why_not
 from nibs_cupy.fast_tiles import FastTiles
 from nibs_cupy.side import check_device
 from nibs_cupy.tiles import DTYPES, CupyTiles
@@ -31,8 +31,6 @@ HINTS = {
     "cuda": TileHint(rows=8192, columns=8192, buffers=1.4, masked=1.6, fixed=192 * 1024, kernel="general"),
 }
 
-# Beside the weights in half precision, a copy in float32 for the products; panels padded to whole ones.
-FAST = {"buffers": 2.0, "masked": 2.2, "fixed": 1024 * 1024}
 KERNELS = "NIBS_CUPY_KERNELS"
 
 
@@ -67,25 +65,44 @@ class CupyBackend(Backend):
         check_device(request.ring, request.device)
         ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
         size = ring.size if ring is not None else 1
-        if not self._fast(request):
+        family, precision = self._family(request), self._precision(request.precision)
+        if family is None:
             plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
             return Call(request, CupyTiles(request.dtype, self.device), plan, ring, hold=hold)
-        hint = replace(hint, **FAST, kernel=self.kernels)
+        hint = self._fast_hint(request.dtype, family)
         plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
         if plan.sweep in ("keep", "strip"):  # logits are never written, so none are kept
             again = replace(request, plan=replace(plan, sweep="recompute"))
             plan = plan_request(again, hint, grad=grad, hold=hold, ring_size=size)
-        tiles = FastTiles(request.dtype, self.device, self.kernels, self.device.processors())
+        tiles = FastTiles(request.dtype, precision, self.device, family, self.device.processors())
         return Call(request, tiles, plan, ring, hold=hold)
 
-    def _fast(self, request: Request) -> bool:
-        """Whether the family takes this call; float32 stays with the general kernels until its panels are budgeted."""
-        if self.kernels == "general" or request.dtype not in ("bfloat16", "float16"):
-            return False
-        return why_not(request.dtype, request.precision, request.objective, stats=request.stats) is None
+    def _family(self, request: Request) -> str | None:
+        """The family of fast kernels that takes this call, or None: the general ones."""
+        if self.kernels == "general":
+            return None
+        precision = self._precision(request.precision)
+        if why_not(request.dtype, precision, request.objective, stats=request.stats) is not None:
+            return None
+        return "ampere" if request.dtype == "float32" else self.kernels  # no wgmma takes tf32 three times
+
+    def _precision(self, precision: str) -> str:
+        """`"default"` is CuPy's own setting: IEEE, unless CUPY_TF32 allows TF32."""
+        return "high" if precision == "default" and self.device.rounds_products() else precision
+
+    def _fast_hint(self, dtype: str, family: str) -> TileHint:
+        """Weights in the dtype of the inputs; parts are four numbers for each row and column of a tile, at most."""
+        weights = BYTES[dtype] / 4
+        return replace(
+            HINTS[self.device.kind],
+            **{"buffers": weights + 0.1, "masked": weights + 0.15, "fixed": 768 * 1024, "panel": SLAB},
+            copies=self.device.kind == "cpu",  # NumPy's products take float32 alone, widened a square at a time
+            kernel=family,
+        )
 
     def tile_hint(self, device: str, dtype: str) -> TileHint:
-        return HINTS[self.device.kind]
+        fast = self.kernels != "general" and dtype in ("bfloat16", "float16")
+        return self._fast_hint(dtype, self.kernels) if fast else HINTS[self.device.kind]
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
         kind = self.device.kind

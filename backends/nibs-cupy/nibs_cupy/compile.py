@@ -28,7 +28,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from nibs.errors import BackendUnavailable
-from nibs_cupy.device import flattened
+from nibs_cupy.device import OPTIONS, flattened
 from nibs_cupy.fast import FAMILIES
 from nibs_cupy.host import KERNELS
 
@@ -76,7 +76,7 @@ LIMITS = (
     Limit("nibs_try_multiply_*", 64, 0, ("HMMA",)),
     Limit("nibs_pack_*", 40),
     Limit("nibs_try_*", 40),
-    Limit("*", 144),  # the general kernels, which are for any hardware and not for speed
+    Limit("*", 128),  # the general kernels, which are for any hardware and not for speed
 )
 
 
@@ -170,7 +170,7 @@ def _nvrtc() -> ctypes.CDLL | None:
 
 def _by_nvrtc(nvrtc: ctypes.CDLL, source: str, architecture: str) -> tuple[bytes, str]:
     program = ctypes.c_void_p()
-    options = [b"-std=c++17", f"-arch={architecture}".encode(), b"--ptxas-options=-v"]
+    options = [option.encode() for option in (*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v")]
 
     def check(status: int) -> None:
         if status:
@@ -203,7 +203,7 @@ def _by_nvcc(source: str, architecture: str) -> tuple[bytes, str]:
         made, out = Path(folder, "kernels.cu"), Path(folder, "kernels.cubin")
         made.write_text(source, encoding="utf-8")
         target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-        command = ["nvcc", "-std=c++17", target, "-cubin", "-Xptxas", "-v", "-o", str(out), str(made)]
+        command = ["nvcc", *OPTIONS, target, "-cubin", "-Xptxas", "-v", "-o", str(out), str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BackendUnavailable(f"nvcc: {done.stderr}")

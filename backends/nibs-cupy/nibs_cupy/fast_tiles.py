@@ -1,8 +1,8 @@
-"""The three verbs over the fast kernels of fast.py, for half precision: what they do not take never comes here.
+"""The three verbs over the fast kernels of fast.py: what they do not take never comes here.
 
     tile_lse      both sides packed (once a tile), statistics and positives' logits from one launch, its redo and folds
     tile_grad     the weights in the dtype of the inputs, then two products with float32 sums
-    Sigmoid       one launch for the loss and the weights, which lack only their row's factor
+    Sigmoid       one launch for the loss and the weights
 
 Chosen by NIBS_CUPY_KERNELS=ampere or hopper, and not without: no fast kernel has run on a GPU yet. Nothing is kept from
 one verb to the other but Sigmoid's weights: logits are never written, so a softmax recomputes them.
@@ -21,22 +21,22 @@ from nibs_cupy.tiles import DTYPES, CupyTiles, Rows
 
 __all__ = ["FastTiles"]
 
-LIFT = {"bfloat16": 0, "float16": 12}  # powers of two by which the largest weight is lifted
+LIFT = {"float16": 12}  # the power of two to which the largest weight is lifted, where a dtype needs it
 
 
 class FastTiles(CupyTiles):
-    """The verbs for one half-precision dtype, by one family of kernels."""
+    """The verbs for one dtype, at one precision, by one family of kernels."""
 
-    def __init__(self, dtype: str, device: Cuda | Host, family: str, processors: int) -> None:
+    def __init__(self, dtype: str, precision: str, device: Cuda | Host, family: str, processors: int) -> None:
         super().__init__(dtype, device)
-        self.dtype, format = dtype, FORMATS[dtype, "default"]
+        self.dtype, format = dtype, FORMATS[dtype, precision]
         self.fast = FastKernels(device, format, family, processors=processors)
         # wgmma leaves no registers for the sums that the scale's gradient needs beside the sigmoid.
         self.summing = self.fast if family == "ampere" else FastKernels(device, format, "ampere")
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
         if not problem.softmax:
-            kept = self._fast_sigmoid(tile, problem, grad=keep)
+            kept = self._fast_sigmoid(tile, problem, tile.anchor_weights, grad=keep)
             return Lse(mass=kept[0], positive_sum=kept[2]), Lse(), kept if keep else None
         queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
         row_shift, row_mass, column_shift, column_mass, positive = self.fast.lse(
@@ -56,50 +56,41 @@ class FastTiles(CupyTiles):
         into: Any,
         onto: Any,
     ) -> tuple[Any, Any]:
-        if not problem.softmax:
+        weight = None
+        if problem.softmax:
+            sides = [None if side is None else self._contiguous(side) for side in (rows, columns)]
+            lift = self._lift(*(side.factor for side in sides if side is not None))
+            queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
+            g, products = self.fast.weights(
+                *(queries, keys, self._one(problem.scale), self._pairs(tile, problem), *sides, lift),
+                products=problem.total_product,
+            )
+        else:
             assert rows is not None
-            return self._fast_sigmoid_grad(tile, problem, rows, kept, into, onto)
-        sides = [None if side is None else self._contiguous(side) for side in (rows, columns)]
-        lift = self._lift(*(side.factor for side in sides if side is not None))
-        queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
-        g, products = self.fast.weights(
-            *(queries, keys, self._one(problem.scale), self._pairs(tile, problem), *sides, lift),
-            products=problem.total_product,
-        )
+            found = kept or self._fast_sigmoid(tile, problem, rows.factor, grad=True)
+            _, weight, _, g, products, lift = found
+        share = lift if self.dtype in LIFT else None
+        g = g.view(DTYPES[self.dtype])
         if into is not None:
-            into += self._product(g, tile.keys, lift)
+            self.device.add_product(into, g, tile.keys.present(), problem.precision, share)
         if onto is not None:
-            onto += self._product(g.T, tile.queries, lift)
-        return None if products is None else self.total(products.ravel()), None
+            self.device.add_product(onto, g.T, tile.queries.present(), problem.precision, share)
+        product = None if products is None else self.total(products.ravel())
+        return product, self.total(weight) if problem.total_weight else None
 
-    # -- Sigmoid ----------------------------------------------------------------------------------
-
-    def _fast_sigmoid(self, tile: Tile, problem: Problem, *, grad: bool) -> Any:
-        """`(loss, weight, positive, g, products, lift)`, the weights without their row's factor."""
+    def _fast_sigmoid(self, tile: Tile, problem: Problem, factor: Any, *, grad: bool) -> Any:
+        """`(loss, weight, positive, g, products, lift)`; factor `[r]`: of each row, in all but the first and third."""
         kernels = self.summing if grad and problem.total_product else self.fast
         queries, keys = self._packed(tile.queries, kernels), self._packed(tile.keys, kernels)
         scalars = self._one(problem.scale), self._one(problem.bias)
-        lift = self._lift(self.zeros(1) + 1)
+        factor = self.xp.ascontiguousarray(self.cast(factor))
+        lift = self._lift(factor)
         found = kernels.sigmoid(
-            *(queries, keys, *scalars, self._pairs(tile, problem), None, lift),
+            *(queries, keys, *scalars, self._pairs(tile, problem), factor, lift),
             grad=grad,
             products=grad and problem.total_product,
         )
         return *found, lift
-
-    def _fast_sigmoid_grad(
-        self, tile: Tile, problem: Problem, rows: Weights, kept: Any, into: Any, onto: Any
-    ) -> tuple[Any, Any]:
-        _, weight, _, g, products, lift = kept or self._fast_sigmoid(tile, problem, grad=True)
-        if into is not None:
-            part = self._product(g, tile.keys, lift)
-            part *= rows.factor[:, None]
-            into += part
-        if onto is not None:  # the factor may be any number: it goes to the weights, in float32
-            wide = self._wide(g) * (rows.factor / lift)[:, None]
-            onto += self.device.product(wide.T, tile.queries.wide(), problem.precision)
-        total = self.total(weight * rows.factor) if problem.total_weight else None
-        return None if products is None else self.total((products * rows.factor).ravel()), total
 
     # -- operands ---------------------------------------------------------------------------------
 
@@ -134,18 +125,8 @@ class FastTiles(CupyTiles):
 
     def _lift(self, *factors: Any) -> Any:
         """`[1]`: the power of two that takes the largest factor to 2^12: float16 then holds large and small weights."""
-        if not LIFT[self.dtype]:
+        if self.dtype not in LIFT:
             return self.zeros(1) + 1
-        top = self.xp.stack([factor.max() if len(factor) else self.scalar(1.0) for factor in factors]).max()
+        top = self.xp.stack([abs(factor).max() if len(factor) else self.scalar(1.0) for factor in factors]).max()
         exponent = LIFT[self.dtype] - self.xp.ceil(self.xp.log2(self.xp.where(top > 0, top, 1.0)))
         return self.xp.exp2(exponent).astype(np.float32).reshape(1)
-
-    def _wide(self, g: Any) -> Any:
-        return g.view(DTYPES[self.dtype]).astype(np.float32)
-
-    def _product(self, g: Any, rows: Rows, lift: Any) -> Any:
-        """`g @ rows`, float32 sums, without the lift. g is the weights' bits, or their transpose."""
-        wide = self._wide(g.T).T if g.strides[0] < g.strides[1] else self._wide(g)
-        part = self.device.product(wide, rows.wide(), "default")
-        part /= lift
-        return part

@@ -22,6 +22,10 @@ INSTALL = {
 }
 ARRAYS = {"cuda": ("cupy.ndarray",), "host": ("numpy.ndarray", "numpy.generic", "cupy.ndarray")}
 KINDS = {"cuda": {"cuda"}, "host": {"cpu"}}
+ELSEWHERE = {
+    "cuda": f"{VARIABLE}=host, set before nibs looks for backends, runs its kernels on the CPU, for tests",
+    "host": f"{VARIABLE}=cuda, set before nibs looks for backends, runs its kernels on the GPU",
+}
 COMMUNICATORS = ("cupy_backends.cuda.libs.nccl.NcclCommunicator", "cupyx.distributed._nccl_comm.NCCLBackend")
 
 
@@ -50,6 +54,7 @@ def capabilities(where: str) -> Capabilities:
             }
         ),
         collectives=frozenset({"nibs.ring.Ring", *(COMMUNICATORS if where == "cuda" else ())}),
+        elsewhere=ELSEWHERE.get(where, ""),
     )
 
 

@@ -87,6 +87,12 @@ class Rows:
             self._wide = self.tiles.operand(self.values, self.mask)
         return self._wide
 
+    def present(self) -> Any:
+        """As they came, absent rows zero."""
+        if self.mask is None:
+            return self.values
+        return self.tiles.xp.where(self.mask[:, None], self.values, self.tiles.xp.zeros((), self.values.dtype))
+
     def strides(self) -> tuple[int, int]:
         """In elements."""
         row, step = (stride // self.values.dtype.itemsize for stride in self.values.strides)
@@ -172,9 +178,9 @@ class CupyTiles:
         products = self._sums(call, "product_parts", PRODUCT_SUM) if problem.total_product else None
         call.launch("weights")
         if into is not None:
-            into += self.device.product(weights, tile.keys.wide(), problem.precision)
+            self.device.add_product(into, weights, tile.keys.wide(), problem.precision)
         if onto is not None:
-            onto += self.device.product(weights.T, tile.queries.wide(), problem.precision)
+            self.device.add_product(onto, weights.T, tile.queries.wide(), problem.precision)
         return None if products is None else self.total(products), None
 
     # -- Sigmoid ----------------------------------------------------------------------------------
@@ -200,11 +206,12 @@ class CupyTiles:
         weights, sums, products = self._sigmoid(call, problem, grad=True) if kept is None else kept
         factor = rows.factor[:, None]
         if into is not None:
-            part = self.device.product(weights, tile.keys.wide(), problem.precision)
+            part = self.zeros(*into.shape)
+            self.device.add_product(part, weights, tile.keys.wide(), problem.precision)
             part *= factor
             into += part
         if onto is not None:
-            onto += self.device.product(weights.T, tile.queries.wide() * factor, problem.precision)
+            self.device.add_product(onto, weights.T, tile.queries.wide() * factor, problem.precision)
         product = weight = None
         if problem.total_weight:
             weight = self.total((sums * rows.factor).ravel())
@@ -252,9 +259,7 @@ class CupyTiles:
     # -- array words for the schedule -------------------------------------------------------------
 
     def operand(self, rows: Any, mask: Any) -> Any:
-        if mask is not None:
-            rows = self.xp.where(mask[:, None], rows, self.xp.zeros((), rows.dtype))
-        return self.cast(rows)
+        return self.cast(Rows(self, rows, mask).present())
 
     def fused_operand(self, rows: Any, mask: Any) -> Rows:
         return Rows(self, rows, mask)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import nibs
 from nibs.errors import InvalidInput
+from nibs_conformance import memory
 from nibs_cupy.backend import CupyBackend
 from nibs_cupy.device import Host
+from nibs_cupy.fast import FastKernels
 
 TAKEN = [nibs.InfoNCE(), nibs.InfoNCE(direction="query_to_key"), nibs.Sigmoid()]
 LEFT = [nibs.InfoNCE(label_smoothing=0.1), nibs.InfoNCE(false_negative_margin=0.1)]
@@ -38,15 +44,15 @@ def rows(dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kernels", ["ampere", "hopper"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("objective", TAKEN)
 def test_a_fast_family_agrees_with_the_general_kernels(
     kernels: str, dtype: str, objective: nibs.Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, keys = rows(dtype)
-    options = dict(
-        scale=14.3, bias=-5.0, objective=objective, plan=nibs.plan(150, 150, 40, query_tile=100, key_tile=90)
-    )
+    random = np.random.default_rng(4)
+    options = dict(scale=14.3, bias=-5.0, objective=objective, precision="high", weights=random.random(150))
+    options |= dict(query_mask=random.random(150) > 0.1, plan=nibs.plan(150, 150, 40, query_tile=100, key_tile=90))
     want, wanted = nibs.contrastive_loss_and_grad(queries, keys, **options, backend=serve(monkeypatch, "general"))
     got, given = nibs.contrastive_loss_and_grad(queries, keys, **options, backend=serve(monkeypatch, kernels))
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
@@ -57,7 +63,9 @@ def test_a_fast_family_agrees_with_the_general_kernels(
         assert np.abs(one - other).max() <= 2.0**-7 * np.abs(other).max()
 
 
-def kernel_of(monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str, objective: nibs.Objective) -> str:
+def kernel_of(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str, objective: nibs.Objective, **options: str
+) -> str:
     """The name of the kernels that ran, from the plan of a call."""
     ran = []
     made = CupyBackend._call
@@ -67,13 +75,30 @@ def kernel_of(monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str, objecti
         return ran[-1]
 
     monkeypatch.setattr(CupyBackend, "_call", call)
-    nibs.contrastive_loss_and_grad(*rows(dtype), objective=objective, backend=serve(monkeypatch, kernels))
+    nibs.contrastive_loss_and_grad(*rows(dtype), objective=objective, backend=serve(monkeypatch, kernels), **options)
     return ran[0].plan.kernel
 
 
 @pytest.mark.parametrize("objective", TAKEN)
 def test_the_plan_names_the_family_that_ran(objective: nibs.Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_of(monkeypatch, "ampere", "bfloat16", objective) == "ampere"
+
+
+@pytest.mark.parametrize(
+    "precision, setting, ran",
+    [
+        ("default", False, "general"),
+        ("default", True, "ampere"),  # CUPY_TF32=1
+        ("high", False, "ampere"),
+        ("highest", True, "general"),
+    ],
+)
+def test_float32_goes_to_tensor_cores_where_tf32_is_allowed(
+    precision: str, setting: bool, ran: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Host, "rounds_products", lambda self: setting)
+    found = kernel_of(monkeypatch, "hopper", "float32", nibs.InfoNCE(), precision=precision)
+    assert found.partition(",")[0] == ran
 
 
 @pytest.mark.parametrize("objective", LEFT)
@@ -91,3 +116,76 @@ def test_without_being_asked_for_no_fast_kernel_runs(monkeypatch: pytest.MonkeyP
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(InvalidInput, match="expected general, ampere or hopper"):
         CupyBackend(Host(), "volta")
+
+
+# -- memory -----------------------------------------------------------------------------------------
+
+SIZES, TILE = (192, 384, 576, 768), 96  # half the suite's, which looks at float32 alone
+KINDS = [("ampere", "float32"), ("ampere", "bfloat16"), ("hopper", "float16")]
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes of NumPy's allocator, at most, beyond what was there."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        result = call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        del result
+
+
+def prepared(
+    name: str, dtype: str, n: int, d: int, objective: nibs.Objective, **options: object
+) -> Callable[[], object]:
+    random = np.random.default_rng(n)
+    queries, keys = (random.standard_normal((2, n, d)) / 4).astype(DTYPES[dtype])
+    if objective.same_id == "exclude":
+        options |= dict(query_ids=np.arange(n) // 2, key_ids=np.arange(n) // 2)
+    options |= dict(scale=5.0, objective=objective, precision="high", backend=name)
+    return lambda: nibs.contrastive_loss_and_grad(queries, keys, **options)
+
+
+def quadratic_share(monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str, objective: nibs.Objective) -> float:
+    name, peaks = serve(monkeypatch, kernels), []
+    prepared(name, dtype, 8, 16, objective)()  # what is set up once
+    for n in SIZES:
+        plan = nibs.plan(n, n, 16, dtype, objective=objective, query_tile=TILE, key_tile=TILE)
+        peaks.append(peak(prepared(name, dtype, n, 16, objective, plan=plan)))
+    assert peaks[-1] < SIZES[-1] ** 2
+    return memory.law(SIZES, peaks)
+
+
+@pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.InfoNCE(same_id="exclude"), nibs.Sigmoid()])
+@pytest.mark.parametrize(("kernels", "dtype"), KINDS)
+def test_what_the_fast_path_holds_grows_linearly(
+    kernels: str, dtype: str, objective: nibs.Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quadratic_share(monkeypatch, kernels, dtype, objective) < 0.05
+
+
+def test_weights_that_outlive_their_tile_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    made = FastKernels.weights
+
+    def weights(self, *given, **how):
+        held.append(made(self, *given, **how))
+        return held[-1]
+
+    monkeypatch.setattr(FastKernels, "weights", weights)
+    with pytest.raises(AssertionError):
+        assert quadratic_share(monkeypatch, "ampere", "bfloat16", nibs.InfoNCE()) < 0.05
+
+
+@pytest.mark.parametrize("d", [1, 200])
+@pytest.mark.parametrize("objective", [nibs.InfoNCE(same_id="exclude"), nibs.Sigmoid()])
+@pytest.mark.parametrize(("kernels", "dtype"), KINDS)
+def test_a_budget_holds_for_panels_and_parts_too(
+    kernels: str, dtype: str, objective: nibs.Objective, d: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, n, budget = serve(monkeypatch, kernels), 600, 5 * 2**19 + 600 * d * 8
+    prepared(name, dtype, 8, d, objective)()
+    found = peak(prepared(name, dtype, n, d, objective, memory=budget))
+    returned = 2 * n * d * np.dtype(DTYPES[dtype]).itemsize
+    assert found <= budget + returned + 64 * 1024  # the interpreter's own

@@ -20,7 +20,7 @@ constexpr int SIDE = 16;                // threads along each side
 constexpr int EACH = 4;                 // rows, and columns, of a thread
 constexpr int SQUARE = SIDE * EACH;     // rows, and columns, of a thread block
 constexpr int THREADS = SIDE * SIDE;
-constexpr int BOUND = 448;              // what the compiler is told: for 256 it aims at 64 registers and spills
+constexpr int BOUND = 448;              // told that there are 256 threads, the compiler aims at 64 registers and spills
 constexpr int STEP = 16;                // of the width, taken into shared memory at a time
 constexpr int PITCH = SQUARE + 4;       // so that rows of shared memory begin in different banks
 

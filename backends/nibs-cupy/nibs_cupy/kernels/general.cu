@@ -483,7 +483,7 @@ NIBS_KERNEL(nibs_scatter_float32, nibs::ScatterArgs, 128) { nibs::scatter<float>
 NIBS_KERNEL(nibs_scatter_float64, nibs::ScatterArgs, 128) { nibs::scatter<double>(args); }
 NIBS_KERNEL(nibs_poison_float32, nibs::PoisonArgs, 128) { nibs::poison<float>(args); }
 NIBS_KERNEL(nibs_poison_float64, nibs::PoisonArgs, 128) { nibs::poison<double>(args); }
-NIBS_KERNEL(nibs_plain_lse_float32, nibs::TileArgs, nibs::BOUND) { nibs::plain_lse<float>(args); }
-NIBS_KERNEL(nibs_plain_lse_float64, nibs::TileArgs, nibs::BOUND) { nibs::plain_lse<double>(args); }
+NIBS_KERNEL(nibs_plain_lse_float32, nibs::TileArgs, 512) { nibs::plain_lse<float>(args); }
+NIBS_KERNEL(nibs_plain_lse_float64, nibs::TileArgs, 512) { nibs::plain_lse<double>(args); }
 NIBS_KERNEL(nibs_plain_weights_float32, nibs::TileArgs, 128) { nibs::plain_weights<float>(args); }
 NIBS_KERNEL(nibs_plain_weights_float64, nibs::TileArgs, 128) { nibs::plain_weights<double>(args); }
