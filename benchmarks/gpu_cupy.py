@@ -1,117 +1,243 @@
-"""The fast CUDA kernels of nibs-cupy on a GPU: right first, then recorded, then timed. Never yet run on a GPU.
+"""The CUDA kernels of nibs-cupy on a GPU, in the order in which answers are worth having. Never yet run on a GPU.
 
-    PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py              # all three, in this order
-    PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py check        # fast kernels against plain NumPy
-    PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py record       # kernels/vectors/, which tests replay
-    PYTHONPATH=.:backends/nibs-cupy python benchmarks/gpu_cupy.py time         # milliseconds of each kernel, TFLOP/s
-    PYTHONPATH=.:backends/nibs-cupy:conformance python benchmarks/gpu_cupy.py rings     # by name only, see below
+    export PYTHONPATH=.:backends/nibs-cupy:conformance
+    python benchmarks/gpu_cupy.py            # all of it, 570 seconds at most
+    python benchmarks/gpu_cupy.py speed      # or by name, one or several
+    python benchmarks/gpu_cupy.py --dry      # here, tiny, without a GPU
 
-Needs CuPy and an NVIDIA GPU from sm_80 on; the hopper family runs on compute capability 9.0 alone. `rings` runs the
-suite's ring level over the GPUs that are here, as threads (sizes 1 to 8, also on one GPU) and over NCCL (up to their
-number); it needs pytest too.
+    ceilings    cuBLAS at the shapes of macro tiles: both gradient products (beta 0 and 1, float32 out), and K = d
+    check       every fast kernel against plain NumPy; what comes after is not run where one is wrong
+    suite       the conformance suite, by the general kernels and by each family
+    record      kernels/vectors/: inputs, bits and outputs of each wrapped instruction, which tests replay
+    speed       whole calls at 65,536 rows, several tile shapes, and what share of the ceiling they reach
+    kernels     milliseconds of each kernel alone, at a macro tile of 11,264 rows
+    sanitize    compute-sanitizer, memcheck and racecheck, on small sizes, where it is installed
+    rings       the suite's ring level over the GPUs that are here, as threads and over NCCL; by name only
+
+What is measured goes to out/gpu-cupy.json too, with machine, versions and date. A step that no time is left for is
+named, and can be asked for alone. Needs CuPy and an NVIDIA GPU from sm_80 on; the hopper family runs on 9.0 alone.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+import nibs
 from nibs.verbs import Weights
-from nibs_cupy.device import Cuda
+from nibs_cupy.backend import CupyBackend
+from nibs_cupy.device import Cuda, Host
 from nibs_cupy.fast import FastKernels, Pairs
 from nibs_cupy.host import KERNELS
 from nibs_cupy.plain import plain_lse, plain_sigmoid, plain_weights
 
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "tf32x3": np.float32}
-SHAPES = [(1000, 1300, 200), (128, 256, 64), (1, 1, 1)]
+FORMATS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "tf32x3": np.float32}
 WARP = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "tf32": np.float32}
+SHAPES = [(1000, 1300, 200), (128, 256, 64), (1, 1, 1)]
+# Rows, columns and width of macro tiles: (rows / 128) * ceil(d / 256) near a multiple of 132 multiprocessors.
+TILES = {512: (8448, 16896), 768: (11264, 11264), 1024: (12672, 12672)}
+ROWS = 65536
+SECONDS = 570
 
 
-def kinds(device: Cuda) -> list[tuple[str, str]]:
-    """Name the families and formats that this GPU can run."""
-    found = [("ampere", name) for name in DTYPES]
-    if device.cupy.cuda.Device().compute_capability == "90":
-        found += [("hopper", "bfloat16"), ("hopper", "float16")]
-    return found
+class Bench:
+    """A GPU, or the host runner in its place with everything tiny; and what has been found so far."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry, self.device = dry, Host() if dry else Cuda()
+        self.xp = self.device.xp
+        self.tiles = {16: (40, 56)} if dry else TILES
+        self.capability = "90" if dry else self.xp.cuda.Device().compute_capability
+        self.until = time.monotonic() + SECONDS
+        self.ceilings: dict[tuple[str, int], float] = {}
+        self.found: list[dict[str, Any]] = []
+
+    def families(self) -> list[str]:
+        return ["ampere", "hopper"] if self.capability == "90" else ["ampere"]
+
+    def kernels(self, family: str, name: str) -> FastKernels:
+        return FastKernels(self.device, name, family, processors=self.device.processors())
+
+    def array(self, values: Any) -> Any:
+        return self.xp.asarray(values)
+
+    def milliseconds(self, work: Callable[[], Any], repeats: int = 10) -> float:
+        """The median of `work`, by events on the current stream; three runs before it do not count."""
+        if self.dry:
+            start = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - start)
+        cuda, times = self.xp.cuda, []
+        for _ in range(3 + repeats):
+            begin, end = cuda.Event(), cuda.Event()
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(cuda.get_elapsed_time(begin, end))
+        return float(np.median(times[3:]))
+
+    def say(self, step: str, flops: float = 0.0, **what: Any) -> None:
+        """Print one finding, and keep it; flops: of what took `ms`."""
+        if flops and "ms" in what:
+            what["tflops"] = round(1e-9 * flops / what["ms"], 1)
+        self.found.append({"step": step, **what})
+        shown = (f"{key}={value:.3f}" if isinstance(value, float) else f"{key}={value}" for key, value in what.items())
+        print(step, *shown, flush=True)
+
+    def keep(self) -> None:
+        """Write what was found, with where and by what."""
+        machine = {"machine": "host runner, dry", "versions": {"numpy": np.__version__}}
+        if not self.dry:
+            runtime = self.xp.cuda.runtime
+            name = runtime.getDeviceProperties(self.xp.cuda.Device().id)["name"].decode()
+            versions = {"cupy": self.xp.__version__, "cuda": runtime.runtimeGetVersion()}
+            machine = {"machine": name, "versions": {**versions, "driver": runtime.driverGetVersion()}}
+        about = {**machine, "python": platform.python_version(), "date": datetime.date.today().isoformat()}
+        folder = Path(tempfile.mkdtemp()) if self.dry else Path("out")
+        folder.mkdir(exist_ok=True)
+        (folder / "gpu-cupy.json").write_text(json.dumps({**about, "found": self.found}, indent=1))
 
 
-def to_device(device: Cuda, values: Any) -> Any:
-    """bfloat16 goes as its bits, which is all that the kernels look at."""
-    return device.cupy.asarray(values.view(np.uint16) if values.dtype.itemsize == 2 else values)
+# -- ceilings -----------------------------------------------------------------------------------------
 
 
-def check(device: Cuda) -> None:
+def ceilings(bench: Bench) -> None:
+    """Time the products that the loss is made of; the slower gradient product with beta 1 is the ceiling."""
+    for dtype, kind in (("bfloat16", ml_dtypes.bfloat16), ("float32", np.float32)):
+        for d, (r, c) in bench.tiles.items():
+            g, queries, keys = (bench.xp.zeros(size, kind) for size in ((r, c), (r, d), (c, d)))
+            precision = "high"
+            outs = [bench.xp.zeros(size, np.float32) for size in ((r, d), (c, d))]
+            slowest = 0.0
+            for beta in (0, 1):
+                for name, into, a, b in (("dq", outs[0], g, keys), ("dk", outs[1], g.T, queries)):
+                    run = multiply(bench, into, a, b, precision, keep=bool(beta))
+                    ms = bench.milliseconds(run)
+                    slowest = max(slowest, ms) if beta else slowest
+                    bench.say("ceilings", 2.0 * r * c * d, product=name, dtype=dtype, r=r, c=c, d=d, beta=beta, ms=ms)
+            bench.ceilings[dtype, d] = 2.0 * r * c * d / slowest  # flops a millisecond
+            logits = bench.xp.zeros((r, c), np.float32)
+            ms = bench.milliseconds(multiply(bench, logits, queries, keys.T, precision, keep=False))
+            bench.say("ceilings", 2.0 * r * c * d, product="logits", dtype=dtype, r=r, c=c, d=d, beta=0, ms=ms)
+
+
+def multiply(bench: Bench, into: Any, a: Any, b: Any, precision: str, keep: bool) -> Callable[[], None]:
+    """Return the product as a call of no arguments."""
+    return lambda: bench.device.add_product(into, a, b, precision, keep=keep)
+
+
+# -- right, then recorded -------------------------------------------------------------------------------
+
+
+def check(bench: Bench) -> None:
     """Compare every fast kernel with plain NumPy; ends the program where one is wrong."""
     wrong = 0
-    random = np.random.default_rng(0)
-    for family, name in kinds(device):
-        kernels = FastKernels(device, name, family, processors=device.processors())
-        for n, m, d in SHAPES:
-            q, k = (random.standard_normal((rows, d)) for rows in (n, m))
-            q, k = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(DTYPES[name]) for x in (q, k))
-            target = np.where(np.arange(n) < m, np.arange(n), -1)
-            one = [device.cupy.full(1, value, np.float32) for value in (14.3, -10.0, 1.0)]
-            packed = kernels.pack(to_device(device, q)), kernels.pack(to_device(device, k))
-            there = Pairs(target=device.cupy.asarray(target))
-            shift, mass, *rest = map(device.fetch, kernels.lse(*packed, one[0], there))
-            rows, columns, positive = plain_lse(q, k, 14.3, Pairs(target=target))
-            errors = [np.abs(shift + np.log(mass.astype(np.float64)) - rows).max()]
-            errors.append(np.abs(rest[0] + np.log(rest[1].astype(np.float64)) - columns).max())
-            errors.append(np.abs(rest[2] - positive).max())
-            sides = []
-            for lse in (rows, columns):
-                ones = np.ones(len(lse), np.float32)
-                sides.append(Weights(ones, lse.astype(np.float32), ones))
-            given = [Weights(*(device.cupy.asarray(v) for v in (s.factor, s.shift, s.target))) for s in sides]
-            g, _ = kernels.weights(*packed, one[0], there, *given, one[2])
-            got = device.fetch(device.cupy.ascontiguousarray(g)).view(DTYPES[name]).astype(np.float64)
-            errors.append(np.abs(got - plain_weights(q, k, 14.3, Pairs(target=target), *sides)).max())
-            loss, *_ = kernels.sigmoid(*packed, one[0], one[1], there, None, one[2])
-            truth = plain_sigmoid(q, k, 14.3, -10.0, Pairs(target=target))[0]
-            errors.append(np.abs(device.fetch(loss) - truth).max() / np.abs(truth).max())
-            limits = (1e-5, 1e-5, 1e-5, 1e-5 if name == "tf32x3" else 2.0**-7, 1e-5)
-            verdict = "right" if all(e <= limit for e, limit in zip(errors, limits, strict=True)) else "WRONG"
-            wrong += verdict == "WRONG"
-            print(verdict, family, name, (n, m, d), "rows columns positive g sigmoid:", *(f"{e:.1e}" for e in errors))
+    for family, name, shape in cases(bench):
+        errors = errors_of(bench, bench.kernels(family, name), name, *shape)
+        limits = dict(rows=1e-5, columns=1e-5, positive=1e-5, g=1e-5 if name == "tf32x3" else 2.0**-7, sigmoid=1e-5)
+        right = all(errors[what] <= limit for what, limit in limits.items())
+        wrong += not right
+        shown = {what: f"{error:.1e}" for what, error in errors.items()}
+        bench.say("check", verdict="right" if right else "WRONG", family=family, format=name, shape=shape, **shown)
     if wrong:
-        raise SystemExit(f"{wrong} wrong: nothing is recorded or timed")
+        raise SystemExit(f"{wrong} wrong: nothing after this is run")
 
 
-def record(device: Cuda) -> None:
-    """Inputs, and what this GPU made of them; a word's tolerance is that of float32 sums of normal numbers."""
+def cases(bench: Bench) -> list[tuple[str, str, tuple[int, int, int]]]:
+    """List family, format and shape of what there is to check."""
+    shapes = SHAPES[1:] if bench.dry else SHAPES
+    kinds = [(family, name) for family in bench.families() for name in FORMATS]
+    return [(*kind, shape) for kind in kinds if kind != ("hopper", "tf32x3") for shape in shapes]
+
+
+def errors_of(bench: Bench, kernels: FastKernels, name: str, n: int, m: int, d: int) -> dict[str, float]:
+    """Return the largest error of each thing that the kernels compute."""
+    random, fetch = np.random.default_rng(0), bench.device.fetch
+    q, k = (random.standard_normal((rows, d)) for rows in (n, m))
+    q, k = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(FORMATS[name]) for x in (q, k))
+    target = np.where(np.arange(n) < m, np.arange(n), -1)
+    one = [bench.array(np.full(1, value, np.float32)) for value in (14.3, -10.0, 1.0)]
+    packed = kernels.pack(bench.array(q)), kernels.pack(bench.array(k))
+    there = Pairs(target=bench.array(target))
+    shift, mass, *rest = map(fetch, kernels.lse(*packed, one[0], there))
+    rows, columns, positive = plain_lse(q, k, 14.3, Pairs(target=target))
+    errors = {
+        "rows": np.abs(shift + np.log(mass.astype(np.float64)) - rows).max(),
+        "columns": np.abs(rest[0] + np.log(rest[1].astype(np.float64)) - columns).max(),
+        "positive": np.abs(rest[2] - positive).max(),
+    }
+    sides = []
+    for lse in (rows, columns):
+        ones = np.ones(len(lse), np.float32)
+        sides.append(Weights(ones, lse.astype(np.float32), ones))
+    given = [Weights(*(bench.array(v) for v in (s.factor, s.shift, s.target))) for s in sides]
+    g, _ = kernels.weights(*packed, one[0], there, *given, one[2])
+    got = fetch(bench.xp.ascontiguousarray(g)).view(FORMATS[name]).astype(np.float64)
+    errors["g"] = np.abs(got - plain_weights(q, k, 14.3, Pairs(target=target), *sides)).max()
+    loss, *_ = kernels.sigmoid(*packed, one[0], one[1], there, None, one[2])
+    truth = plain_sigmoid(q, k, 14.3, -10.0, Pairs(target=target))[0]
+    errors["sigmoid"] = np.abs(fetch(loss) - truth).max() / np.abs(truth).max()
+    return {what: float(error) for what, error in errors.items()}
+
+
+def suite(bench: Bench) -> None:
+    """Run the conformance suite in processes of their own; ends the program where a test fails."""
+    for kernels in ("general", *bench.families()):
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "nibs_conformance.plugin", "--pyargs"]
+        command += ["nibs_conformance", "--nibs-backend", "cupy", *(["--collect-only"] if bench.dry else [])]
+        settings = {"NIBS_CUPY_KERNELS": kernels, "NIBS_PLUGINS": "nibs_cupy.plugin"}
+        settings |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "NIBS_CUPY_DEVICE": "host" if bench.dry else "cuda"}
+        start, left = time.monotonic(), max(bench.until - time.monotonic(), 60)
+        done = subprocess.run(
+            command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=left, check=False
+        )
+        said = (done.stdout.strip().splitlines() or [done.stderr])[-1]
+        bench.say("suite", kernels=kernels, said=said, seconds=round(time.monotonic() - start))
+        if done.returncode:
+            raise SystemExit(done.stdout[-4000:] + done.stderr[-2000:])
+
+
+def record(bench: Bench) -> None:
+    """Write inputs, and what this GPU made of them; a word's tolerance is that of float32 sums of normal numbers."""
     random = np.random.default_rng(1)
-    folder = KERNELS / "vectors"
+    folder = Path(tempfile.mkdtemp()) if bench.dry else KERNELS / "vectors"
     folder.mkdir(exist_ok=True)
     args = np.dtype([(name, np.int64) for name in ("a", "b", "out", "count")])
 
     def attempt(name: str, threads: int, a: Any, b: Any, start: Any, count: int, shared: int, tolerance: float) -> None:
-        there = [None if x is None else device.cupy.asarray(x) for x in (a, b, start)]
+        there = [None if x is None else bench.array(x).copy() for x in (a, b, start)]
         given = np.zeros(1, args)
         for field, array in zip(("a", "b", "out"), there, strict=True):
-            given[field] = device.address(array)
+            given[field] = bench.device.address(array)
         given["count"] = count
         arch = "sm_90a" if "group" in name else None
-        device.kernel("instructions.cu", name, arch=arch)(1, threads, given, shared)
-        arrays = {"a": a, "start": start, "out": device.fetch(there[2])} | ({} if b is None else {"b": b})
-        np.savez_compressed(
-            folder / f"{name}-{device.cupy.cuda.Device().compute_capability}.npz",
-            **arrays,
-            **{"threads": threads, "count": count, "shared": shared, "tolerance": tolerance},
-        )
-        print("recorded", name)
+        bench.device.kernel("instructions.cu", name, arch=arch)(1, threads, given, shared)
+        arrays = {"a": a, "start": start, "out": bench.device.fetch(there[2])} | ({} if b is None else {"b": b})
+        how = {"threads": threads, "count": count, "shared": shared, "tolerance": tolerance}
+        np.savez_compressed(folder / f"{name}-{bench.capability}.npz", **arrays, **how)
+        bench.say("record", name=name)
 
     for name, dtype in WARP.items():
-        words = [random.standard_normal((32, 4 * k)).astype(dtype) for k in (4 // np.dtype(dtype).itemsize,)]
-        a = words[0].view(np.uint32)
+        per = 4 // np.dtype(dtype).itemsize
+        a = random.standard_normal((32, 4 * per)).astype(dtype).view(np.uint32)
         start = random.standard_normal((32, 4)).astype(np.float32)
         attempt(f"nibs_try_multiply_{name}", 32, a, a[:, :2].copy(), start, 0, 0, 1e-5)
-        if device.cupy.cuda.Device().compute_capability == "90":
-            per = 4 // np.dtype(dtype).itemsize
+        if bench.capability == "90":
             sides = [random.standard_normal(rows * 32 * per).astype(dtype).view(np.uint8) for rows in (128, 256)]
             start = np.zeros((128, 128), np.float32)
             attempt(f"nibs_try_group_{name}", 128, *sides, start, 0, 3 * 16384 + 8, 1e-4)
@@ -119,43 +245,120 @@ def record(device: Cuda) -> None:
     attempt("nibs_try_exp2", 256, x, None, np.zeros(256, np.float32), 256, 0, 1e-6)
 
 
-def jobs(kernels: FastKernels, packed: Any, one: Any, pairs: Pairs, side: Weights) -> dict[str, Any]:
+# -- speed ----------------------------------------------------------------------------------------------
+
+
+def speed(bench: Bench) -> None:
+    """Time whole calls, loss and all gradients, by each family and several tile shapes."""
+    objectives = {"symmetric": (nibs.InfoNCE(), 4), "sigmoid": (nibs.Sigmoid(), 3)}
+    for dtype, kind in (("bfloat16", ml_dtypes.bfloat16), ("float32", np.float32)):
+        names = ["general", "ampere"] if dtype == "float32" else bench.families()
+        for d, shape in bench.tiles.items():
+            n = 48 if bench.dry else ROWS
+            random = np.random.default_rng(2)
+            made = (random.standard_normal((n, d), np.float32) for _ in range(2))
+            queries, keys = (bench.array((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(kind)) for x in made)
+            for name in names:
+                backend = CupyBackend(bench.device, name)
+                for what, (objective, products) in objectives.items():
+                    for rows, columns in shapes_of(shape, general=name == "general"):
+                        if time.monotonic() > bench.until:
+                            return print("speed: no time left; ask for `speed` alone", flush=True)
+                        plan = nibs.plan(n, n, d, dtype, objective=objective, query_tile=rows, key_tile=columns)
+                        with named(backend):
+                            ms = bench.milliseconds(
+                                whole(queries, keys, objective, plan), 3 if name == "general" else 10
+                            )
+                        flops = 2.0 * n * n * d * products
+                        ceiling = bench.ceilings.get((dtype, d))
+                        share = round(flops / ms / ceiling, 3) if ceiling else "unknown"
+                        about = dict(family=name, dtype=dtype, loss=what, n=n, d=d, tile=(rows, columns))
+                        bench.say("speed", flops, **about, ms=ms, share_of_ceiling=share)
+
+
+def shapes_of(shape: tuple[int, int], *, general: bool) -> list[tuple[int, int]]:
+    """Give the tile shapes that are tried: the model's best, half of it, and the plain powers of two."""
+    if general:
+        return [(8192, 8192)]
+    return [shape, (shape[0] // 2, shape[1]), (8192, 8192), (16384, 16384)]
+
+
+def whole(queries: Any, keys: Any, objective: nibs.Objective, plan: Any) -> Callable[[], Any]:
+    """Return one training step's loss as a call of no arguments."""
+    options = dict(scale=14.3, bias=-5.0, objective=objective, precision="high", plan=plan, backend="under-test")
+    return lambda: nibs.contrastive_loss_and_grad(queries, keys, **options)
+
+
+class named:
+    """The registry with this backend in it, under the name `under-test`."""
+
+    def __init__(self, backend: CupyBackend) -> None:
+        self.backend = backend
+
+    def __enter__(self) -> None:
+        from nibs.registry import Status, registry
+        from nibs_cupy.plugin import ARRAYS, capabilities
+
+        registry.statuses()
+        where = "host" if self.backend.device.kind == "cpu" else "cuda"
+        info = nibs.BackendInfo("under-test", ARRAYS[where], capabilities(where), lambda: self.backend)
+        registry._statuses["under-test"] = Status("under-test", "ready", "", "benchmark", info)
+        registry._backends["under-test"] = self.backend
+
+    def __exit__(self, *_: object) -> None:
+        from nibs.registry import registry
+
+        del registry._statuses["under-test"], registry._backends["under-test"]
+
+
+def kernels(bench: Bench) -> None:
+    """Time each kernel alone."""
+    xp = bench.xp
+    for family in bench.families():
+        for name in ("bfloat16",) if family == "hopper" else ("bfloat16", "tf32x3"):
+            fast = bench.kernels(family, name)
+            for d in bench.tiles:
+                n = 48 if bench.dry else 11264
+                rows = bench.array(np.random.default_rng(2).standard_normal((n, d)).astype(FORMATS[name]))
+                packed = fast.pack(rows), fast.pack(rows)
+                one, pairs = xp.ones(1, np.float32), Pairs(target=xp.arange(n))
+                side = Weights(xp.ones(n, np.float32), xp.full(n, 2000, np.float32), xp.ones(n, np.float32))
+                runs = jobs(fast, rows, packed, one, pairs, side)
+                for what, work in runs.items():
+                    bench.say("kernels", 2.0 * n * n * d, name=what, family=family, format=name, n=n, d=d,
+                              ms=bench.milliseconds(work))  # fmt: skip
+
+
+def jobs(fast: FastKernels, rows: Any, packed: Any, one: Any, pairs: Pairs, side: Weights) -> dict[str, Any]:
     """Give what is timed, by name."""
     return {
-        "lse": lambda: kernels.lse(*packed, one, pairs),
-        "weights": lambda: kernels.weights(*packed, one, pairs, side, side, one),
-        "sigmoid": lambda: kernels.sigmoid(*packed, one, one, pairs, None, one),
+        "pack": lambda: fast.pack(rows),
+        "lse": lambda: fast.lse(*packed, one, pairs),
+        "weights": lambda: fast.weights(*packed, one, pairs, side, side, one),
+        "sigmoid": lambda: fast.sigmoid(*packed, one, one, pairs, None, one),
     }
 
 
-def time(device: Cuda) -> None:
-    """Print the median time of each kernel at a macro tile of 11,264 rows."""
-    cupy = device.cupy
-    for family, name in kinds(device):
-        kernels = FastKernels(device, name, family, processors=device.processors())
-        for d in (512, 768, 1024):
-            n = 11264
-            rows = to_device(device, np.random.default_rng(2).standard_normal((n, d)).astype(DTYPES[name]))
-            packed = kernels.pack(rows), kernels.pack(rows)
-            one, pairs = cupy.ones(1, np.float32), Pairs(target=cupy.arange(n))
-            side = Weights(cupy.ones(n, np.float32), cupy.full(n, 2000, np.float32), cupy.ones(n, np.float32))
-            runs = jobs(kernels, packed, one, pairs, side)
-            for what, work in runs.items():
-                times = []
-                for _ in range(13):
-                    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-                    begin.record()
-                    work()
-                    end.record()
-                    end.synchronize()
-                    times.append(cupy.cuda.get_elapsed_time(begin, end))
-                best = sorted(times[3:])[5]
-                print(f"{family} {name} {what} {n} x {n} x {d}: {best:.3f} ms, {2e-9 * n * n * d / best:.0f} TFLOP/s")
+# -- under tools ------------------------------------------------------------------------------------------
 
 
-def rings(device: Cuda) -> None:
+def sanitize(bench: Bench) -> None:
+    """Run `check` under compute-sanitizer, where it is."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return bench.say("sanitize", said="compute-sanitizer is not installed")
+    for which in ("memcheck", "racecheck"):
+        command = [tool, "--tool", which, "--error-exitcode", "9", sys.executable, __file__, "check"]
+        left = max(bench.until - time.monotonic(), 60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+        bench.say("sanitize", tool=which, status=done.returncode, said=done.stdout.strip().splitlines()[-1:])
+        if done.returncode:
+            raise SystemExit(done.stdout[-4000:])
+
+
+def rings(bench: Bench) -> None:
     """Run the suite's ring level over both rings; ends the program where a test fails."""
-    here = device.cupy.cuda.runtime.getDeviceCount()
+    here = 1 if bench.dry else bench.xp.cuda.runtime.getDeviceCount()
     suite = ("pytest", "-q", "-p", "nibs_conformance.plugin", "--pyargs", "nibs_conformance.test_ring")
     over_nccl = " or ".join(f"{size}-ranks" for size in (2, 3, 4, 8) if size <= here)
     for world, chosen in (("devices", "ranks"), ("nccl", over_nccl)):
@@ -168,8 +371,28 @@ def rings(device: Cuda) -> None:
         subprocess.run(command, env={**os.environ, **settings}, check=True)
 
 
+STEPS = {step.__name__: step for step in (ceilings, check, suite, record, speed, kernels, sanitize, rings)}
+BY_NAME_ONLY = {"rings"}
+
+
+def main(given: list[str] | None = None) -> None:
+    """Run the steps that were asked for, as far as the time goes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--dry", action="store_true", help="tiny, by the host runner; for tests of this file")
+    asked = parser.parse_args(given)
+    if unknown := [step for step in asked.steps if step not in STEPS]:
+        parser.error(f"no step {unknown[0]!r}: expected some of {', '.join(STEPS)}")
+    bench = Bench(asked.dry)
+    try:
+        for step in asked.steps or [name for name in STEPS if name not in BY_NAME_ONLY]:
+            if time.monotonic() > bench.until:
+                print(f"{step}: no time left; ask for it alone", flush=True)
+                continue
+            STEPS[step](bench)
+    finally:
+        bench.keep()
+
+
 if __name__ == "__main__":
-    steps = {"check": check, "record": record, "time": time, "rings": rings}
-    gpu = Cuda()
-    for step in sys.argv[1:] or ("check", "record", "time"):
-        steps[step](gpu)
+    main()

@@ -7,8 +7,8 @@
 Both have the same words: `xp`, `address`, `kernel`, `add_product`, `rounds_products`, `processors`, `fetch`, `at` and
 `quiet`.
 
-Kernels do not go through `cupy.RawModule(code=...)`: that puts its own `-arch=sm_90` behind ours, under which wgmma does
-not assemble, and `-ftz=true`, under which float32 has fewer numbers than the kernels were tested with.
+Kernels do not go through `cupy.RawModule(code=...)`. That adds `-ftz=true`, under which float32 has fewer numbers than
+the kernels were tested with, and its own `-arch=sm_90` beside our `sm_90a`, of which NVRTC 13.0 happens to take ours.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ OPTIONS = ("-std=c++17",)  # beside the architecture; compile.py checks what com
 INCLUDE = re.compile(r'^[ \t]*#include "([^"]+)".*$', re.MULTILINE)
 
 
-# Of cudaDataType and cublasComputeType_t.
+# Of cudaDataType, cublasComputeType_t and cublasGemmAlgo_t.
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 COMPUTE = {"float32": 68, "float64": 70, "tf32": 77}
+CUBLAS_CHOOSES = -1  # the algorithm
 
 
 def open_device(kind: str) -> Cuda | Host:
@@ -68,8 +69,10 @@ class Host:
         """`launch(grid, threads, arguments, shared=0)`; see `Runner.kernel`. arch is a GPU's affair."""
         return self.runner.kernel(file, name)
 
-    def add_product(self, into: Any, a: Any, b: Any, precision: str, share: Any = None) -> None:
+    def add_product(self, into: Any, a: Any, b: Any, precision: str, share: Any = None, *, keep: bool = True) -> None:
         """`into += a @ b / share` in the dtype of `into`, by the BLAS library; half precision widened by squares."""
+        if not keep:
+            into[...] = 0
         step = max(into.shape[0], a.shape[1]) if a.dtype == b.dtype == into.dtype else 128
         for row in range(0, into.shape[0], step or 1):
             for begin in range(0, a.shape[1], step or 1):
@@ -182,11 +185,12 @@ class Cuda:
             ) from cause
         return path
 
-    def add_product(self, into: Any, a: Any, b: Any, precision: str, share: Any = None) -> None:
+    def add_product(self, into: Any, a: Any, b: Any, precision: str, share: Any = None, *, keep: bool = True) -> None:
         """`into += a @ b / share` by one call of cuBLAS: half precision as it is, sums in the dtype of `into`.
 
         into `[r, d]`, rows contiguous, float32 or float64; a `[r, k]`, b `[k, d]`: rows or columns contiguous, or they
         are copied. share: one number of the device, of the dtype of `into`; None is 1. precision: of float32 products.
+        keep: what `into` held counts.
         """
         (r, d), k = into.shape, a.shape[1]
         if not (r and d and k):
@@ -194,11 +198,10 @@ class Cuda:
         from cupy_backends.cuda.libs import cublas
 
         out = str(into.dtype)
-        compute = COMPUTE[
-            "float64" if out == "float64" else self._float32(precision) if str(a.dtype) == out else "float32"
-        ]
         one = self.cupy.ones(1, into.dtype)
+        kept = one if keep else self.cupy.zeros(1, into.dtype)
         scale = one if share is None else (one / share).astype(into.dtype, copy=False)
+        kind = out if out == "float64" else "float32" if str(a.dtype) != out else self._float32(precision)
         # cuBLAS counts by columns: what it is told is into^T += b^T a^T.
         (b, flip_b, pitch_b), (a, flip_a, pitch_a) = self._operand(b), self._operand(a)
         pitch = max(into.strides[0] // into.itemsize, d) if r > 1 else d
@@ -209,7 +212,7 @@ class Cuda:
             cublas.gemmEx(
                 *(handle, flip_b, flip_a, d, r, k, scale.data.ptr),
                 *(b.data.ptr, TYPES[str(b.dtype)], pitch_b, a.data.ptr, TYPES[str(a.dtype)], pitch_a),
-                *(one.data.ptr, into.data.ptr, TYPES[out], pitch, compute, -1),  # -1: the algorithm is cuBLAS's choice
+                *(kept.data.ptr, into.data.ptr, TYPES[out], pitch, COMPUTE[kind], CUBLAS_CHOOSES),
             )
         finally:
             cublas.setPointerMode(handle, before)

@@ -264,6 +264,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
         RawModule=Module,
         _core=names(_routines_linalg=linear),
         ones=lambda *how: np.ones(*how).view(OnDevice),
+        zeros=lambda *how: np.zeros(*how).view(OnDevice),
         ascontiguousarray=lambda x: np.ascontiguousarray(x).view(OnDevice),
     )
     libs = names(nvrtc=Nvrtc(), cublas=Cublas())
@@ -354,6 +355,14 @@ def test_a_product_of_one_row_or_column_or_none(cupy, shape):
         into = np.ones((r, d), np.float32).view(OnDevice)
         Cuda().add_product(into, left, right, "highest")
         np.testing.assert_array_equal(np.asarray(into), 1 + np.asarray(a) @ np.asarray(b))
+
+
+def test_a_product_may_take_the_place_of_what_was_there(cupy):
+    into, one = np.full((2, 2), 9, np.float32).view(OnDevice), np.ones((2, 2), np.float32).view(OnDevice)
+
+    Cuda().add_product(into, one, one.copy(), "highest", keep=False)
+
+    assert (into == 2).all()
 
 
 @pytest.mark.parametrize(

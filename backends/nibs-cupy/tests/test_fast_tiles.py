@@ -13,12 +13,15 @@ import pytest
 import nibs
 from nibs.errors import InvalidInput
 from nibs_conformance import memory
+from nibs_conformance.cases import CASES
+from nibs_conformance.checks import budget, truth
 from nibs_cupy.backend import CupyBackend
 from nibs_cupy.device import Host
-from nibs_cupy.fast import FastKernels
+from nibs_cupy.fast import FastKernels, why_not
 
 TAKEN = [nibs.InfoNCE(), nibs.InfoNCE(direction="query_to_key"), nibs.Sigmoid()]
 LEFT = [nibs.InfoNCE(label_smoothing=0.1), nibs.InfoNCE(false_negative_margin=0.1)]
+VECTORS = ("targets", "query_ids", "key_ids", "query_mask", "key_mask", "weights")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
@@ -189,3 +192,43 @@ def test_a_budget_holds_for_panels_and_parts_too(
     found = peak(prepared(name, dtype, n, d, objective, memory=budget))
     returned = 2 * n * d * np.dtype(DTYPES[dtype]).itemsize
     assert found <= budget + returned + 64 * 1024  # the interpreter's own
+
+
+# -- float32 ------------------------------------------------------------------------------------------
+
+
+def beyond_ieee(name: str, rounded: Callable[[np.ndarray], np.ndarray]) -> tuple[int, list[str]]:
+    """How many of the suite's cases were run in float32, and which left the budgets of IEEE products."""
+    count, beyond = 0, []
+    for case in CASES.values():
+        problem = case.problem("float32")
+        taken = why_not("float32", "high", problem.objective, stats=False) is None and problem.reduction != "none"
+        if not taken or len(problem.queries) * len(problem.keys) > 2**16:
+            continue
+        options = {field: getattr(problem, field) for field in ("objective", "reduction", "scale", "bias", *VECTORS)}
+        options = {field: np.array(value) if field in VECTORS and value is not None else value
+                   for field, value in options.items()}  # fmt: skip
+        sides = (rounded(np.array(side, np.float32)) for side in (problem.queries, problem.keys))
+        loss, grads = nibs.contrastive_loss_and_grad(*sides, precision="high", backend=name, **options)
+        want, allowed = truth(case, "float32"), budget(case, "float32")
+        count += 1
+        for what, got in (("loss", loss), ("queries", grads.queries), ("keys", grads.keys), ("scale", grads.scale)):
+            right = np.asarray(getattr(want, what), np.float64)
+            if np.isfinite(right).all() and (abs(np.asarray(got) - right) > getattr(allowed, what)).any():
+                beyond.append(f"{case.name}: {what}")
+    return count, beyond
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_float32_in_three_products_stays_within_the_budgets_of_ieee_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, beyond = beyond_ieee(serve(monkeypatch, "ampere"), lambda rows: rows)
+    assert count > 80 and beyond == []
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_single_tf32_product_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tf32(rows: np.ndarray) -> np.ndarray:
+        return ((rows.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+    count, beyond = beyond_ieee(serve(monkeypatch, "general"), tf32)
+    assert len(beyond) > count // 2
