@@ -64,7 +64,9 @@ def demo(session: nox.Session) -> None:
     # What it needs, and the backend that `--backend` names.
     named = [name for name in BACKENDS if name in session.posargs or f"--backend={name}" in session.posargs]
     folders = [f"backends/nibs-{name}" for name in dict.fromkeys(["numpy", "torch", *named])]
-    install(session, "-r", "examples/requirements.txt", editable=[".[cli]", *folders])
+    needed = [ROOT / "examples" / f"requirements{which}.txt" for which in ("", *(f"-{name}" for name in named))]
+    files = [part for file in needed if file.exists() for part in ("-r", str(file))]
+    install(session, *files, editable=[".[cli]", *folders])
     # Its fonts are wanted, not the Qt that it draws with.
     install(session, "--no-deps", "qtawesome")
     session.run("python", "examples/demo.py", *session.posargs)
@@ -155,7 +157,8 @@ def jax(session: nox.Session, version: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the core's own tests, the suite's own, packaging, guests, and each backend's own."""
-    install(session, *group("tests"), "-r", "examples/requirements.txt", editable=[".[cli]", *DISTRIBUTIONS[1:]])
+    files = [part for file in sorted(ROOT.glob("examples/requirements*.txt")) for part in ("-r", str(file))]
+    install(session, *group("tests"), *files, editable=[".[cli]", *DISTRIBUTIONS[1:]])
     # Wide enough for the slowest test on a slow machine; a hang ends there and says where.
     session.run("python", "-m", "pytest", "--timeout=300", "--ignore=tests/integrations", *session.posargs)
 

@@ -1,6 +1,7 @@
-"""One loss, nibs beside dense: peak memory, time of a step, and whether the numbers agree. PyTorch, CPU.
+"""One loss, nibs beside dense: peak memory, time of a step, and whether the numbers agree. On a CPU.
 
-A step is the symmetric loss with its gradients for both sides and the scale. Each loss runs in a process of
+A step is the symmetric loss with its gradients for both sides and the scale: in PyTorch, or with `--backend jax` in
+JAX under jit, dense as well. Each loss runs in a process of
 its own, and its peak is what the operating system saw above the inputs and the returned gradients: a figure
 that no allocator can flatter. To measure by hand, give a file with `queries` and `keys`:
 
@@ -39,7 +40,7 @@ class Measurement:
     loss: float
     seconds: float
     peak: int | None
-    gradients: tuple[np.ndarray, np.ndarray, np.ndarray]
+    gradients: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def compare(
         np.savez(pairs, queries=queries, keys=keys)
         options = ["--scale", repr(scale)]
         ours = measured_elsewhere("nibs", pairs, [*options, "--backend", backend] if backend else options)
+        options += ["--backend", backend] if backend == "jax" else []  # dense in the same framework
         needed, free = DENSE_MATRICES * 4 * n * n, free_memory()
         if free is not None and free < needed:
             reason = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -116,6 +118,15 @@ def dense_loss(queries: Any, keys: Any, scale: Any) -> Any:
     return (cross_entropy(logits, positives) + cross_entropy(logits.T, positives)) / 2
 
 
+def dense_loss_in_jax(queries: Any, keys: Any, scale: Any) -> Any:
+    """Compute the same with arrays of JAX."""
+    import jax
+
+    logits = scale * queries @ keys.T
+    rows, columns = (jax.numpy.diagonal(jax.nn.log_softmax(logits, axis)).mean() for axis in (1, 0))
+    return -(rows + columns) / 2
+
+
 def nibs_loss(backend: str | None) -> Callable[[Any, Any, Any], Any]:
     """Return the same loss by nibs."""
     import nibs
@@ -123,11 +134,14 @@ def nibs_loss(backend: str | None) -> Callable[[Any, Any, Any], Any]:
     return lambda queries, keys, scale: nibs.contrastive_loss(queries, keys, scale=scale, backend=backend)
 
 
-def measure(loss: Callable[[Any, Any, Any], Any], queries: np.ndarray, keys: np.ndarray, scale: float) -> Measurement:
-    """Take the peak of the first step and the best time of as many as fit into a few seconds."""
+Step = Callable[[], "tuple[float, tuple[np.ndarray, ...], float]"]  # the loss, its gradients, and seconds
+
+
+def step_in_torch(loss: Callable[[Any, Any, Any], Any], queries: np.ndarray, keys: np.ndarray, scale: float) -> Step:
+    """Return a step in PyTorch, after a small one: libraries and threads are there before anything counts."""
     import torch
 
-    def step(rows: int) -> tuple[Any, tuple[Any, Any, Any], float]:
+    def step(rows: int = len(queries)) -> tuple[float, tuple[np.ndarray, ...], float]:
         inputs = (
             torch.from_numpy(queries[:rows]).requires_grad_(),
             torch.from_numpy(keys[:rows]).requires_grad_(),
@@ -136,20 +150,41 @@ def measure(loss: Callable[[Any, Any, Any], Any], queries: np.ndarray, keys: np.
         start = time.perf_counter()
         value = loss(*inputs)
         value.backward()
-        return value.item(), tuple(one.grad for one in inputs), time.perf_counter() - start
+        return value.item(), tuple(one.grad.numpy() for one in inputs), time.perf_counter() - start
 
-    step(64)  # so that libraries and threads are there before anything counts
+    step(64)
+    return step
+
+
+def step_in_jax(loss: Callable[[Any, Any, Any], Any], queries: np.ndarray, keys: np.ndarray, scale: float) -> Step:
+    """Return a step in JAX, compiled before anything counts."""
+    import jax
+
+    inputs = tuple(jax.numpy.asarray(one) for one in (queries, keys, np.float32(scale)))
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*inputs).compile()
+
+    def step() -> tuple[float, tuple[np.ndarray, ...], float]:
+        start = time.perf_counter()
+        value, gradients = jax.block_until_ready(compiled(*inputs))
+        seconds = time.perf_counter() - start
+        return float(value), tuple(np.asarray(one) for one in gradients), seconds
+
+    return step
+
+
+def measure(step: Step) -> Measurement:
+    """Take the peak of the first step and the best time of as many as fit into a few seconds."""
     gc.collect()
     before = start_watching_memory()
-    value, gradients, seconds = step(len(queries))
+    value, gradients, seconds = step()
     peak = peak_memory()
     returned = sum(gradient.nbytes for gradient in gradients)
     beyond = None if peak is None or before is None else max(0, peak - before - returned)
     spent, best, repeats = seconds, seconds, 1
     while spent < ENOUGH_SECONDS and repeats < MOST_REPEATS:
-        seconds = step(len(queries))[2]
+        seconds = step()[2]
         spent, best, repeats = spent + seconds, min(best, seconds), repeats + 1
-    return Measurement(value, best, beyond, tuple(gradient.numpy() for gradient in gradients))
+    return Measurement(value, best, beyond, gradients)
 
 
 def start_watching_memory() -> int | None:
@@ -208,13 +243,14 @@ def main() -> None:
     parser.add_argument("loss", choices=("nibs", "dense"))
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--scale", type=float, default=20.0)
-    parser.add_argument("--backend", help="of nibs; default: the owner of the arrays")
+    parser.add_argument("--backend", help="of nibs; jax: a step in JAX, under jit; default: torch")
     parser.add_argument("--output", type=Path, help="a file for the gradients (.npz)")
     options = parser.parse_args()
     with np.load(options.pairs) as arrays:
         queries, keys = arrays["queries"], arrays["keys"]
-    loss = dense_loss if options.loss == "dense" else nibs_loss(options.backend)
-    found = measure(loss, queries, keys, options.scale)
+    dense, step = (dense_loss_in_jax, step_in_jax) if options.backend == "jax" else (dense_loss, step_in_torch)
+    loss = dense if options.loss == "dense" else nibs_loss(options.backend)
+    found = measure(step(loss, queries, keys, options.scale))
     if options.output:
         np.savez(options.output, **dict(zip(("queries", "keys", "scale"), found.gradients)))
     print(json.dumps({"loss": found.loss, "seconds": found.seconds, "peak": found.peak}))

@@ -2,9 +2,11 @@
 
     python examples/demo.py [--backend NAME] [--steps N] [--seconds-limit S] [--output FOLDER]
 
-Prints how well pictures and names that were never trained on find each other, what the loss cost beside the
-dense one, and the same for 24,610 icons, where a dense similarity matrix takes 2.4 GB. Writes two pictures and
-the figures as JSON. About two minutes on two cores. What it needs is in examples/requirements.txt.
+With `--backend jax` the model, its training and the loss are JAX's, one jitted function; any other backend of nibs
+serves the loss of a model in PyTorch. Prints how well pictures and names that were never trained on find each other,
+what the loss cost beside the dense one, and the same for 24,610 icons, where a dense similarity matrix takes 2.4 GB.
+Writes two pictures and the figures as JSON. About two minutes on two cores. What it needs is in
+examples/requirements.txt, and in examples/requirements-jax.txt.
 """
 
 from __future__ import annotations
@@ -15,12 +17,25 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from compare import Comparison, compare
 from emoji_data import ATTRIBUTION, EmojiData, TextFeatures, load_data
-from emoji_task import DIM, ENGLISH, PICTURE_SIZE, TEXT_WIDTH, Side, emoji_loss, encode, moved, side_of, zero_shot
+from emoji_task import (
+    DIM,
+    ENGLISH,
+    PICTURE_SIZE,
+    TEXT_WIDTH,
+    Side,
+    Towers,
+    emoji_loss,
+    encode,
+    moved,
+    side_of,
+    zero_shot,
+)
 from evaluate import RANKS, retrieval
 from icon_data import icon_embeddings
 from rich.console import Console
@@ -50,6 +65,51 @@ SHOWN = 20  # names in the picture of neighbours
 NEAREST = 6
 
 
+class Learner(Towers, Protocol):
+    """What is trained, in either framework."""
+
+    def learn(self, pictures: Tensor, texts: Tensor, ids: Tensor, share: float) -> float:
+        """Take one step on the pairs of a batch, `[n, 3, 32, 32]`, `[n, TEXT_WIDTH]` and `[n]`; return its loss.
+
+        share: of the full rate.
+        """
+        ...
+
+    def scale(self) -> Tensor:
+        """Return the learned factor on cosines."""
+        ...
+
+
+class TorchLearner(TwoTower):
+    """The model in PyTorch, with its optimizer."""
+
+    def __init__(self, backend: str | None) -> None:
+        super().__init__(TEXT_WIDTH, DIM)
+        self.backend = backend
+        self.optimizer = torch.optim.AdamW(parameter_groups(self, RATE), lr=RATE, betas=(0.9, 0.98))
+
+    def learn(self, pictures: Tensor, texts: Tensor, ids: Tensor, share: float) -> float:
+        """Take one step on the pairs of a batch, and return its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_rate"] * share
+        queries = torch.cat([self.encode_pictures(rows) for rows in pictures.split(MICRO_BATCH)])
+        loss = emoji_loss(queries, self.encode_texts(texts), self.scale(), ids, backend=self.backend)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def learner(backend: str | None, seed: int) -> Learner:
+    """Make the model of `--backend`: in JAX for jax, else in PyTorch, and the loss by whom it names."""
+    if backend == "jax":
+        import two_tower_jax
+
+        return two_tower_jax.TwoTower(TEXT_WIDTH, DIM, RATE, seed)
+    check_that_it_trains(backend)
+    return TorchLearner(backend)
+
+
 def check_that_it_trains(backend: str | None) -> None:
     """Try the loss on four rows, so that a backend which cannot train says so before anything is drawn."""
     rows, scale = torch.eye(4, 8).requires_grad_(), torch.tensor(10.0, requires_grad=True)
@@ -60,14 +120,13 @@ def check_that_it_trains(backend: str | None) -> None:
 
 
 def train(
-    model: TwoTower, side: Side, held_out: Side, options: argparse.Namespace, console: Console
+    model: Learner, side: Side, held_out: Side, options: argparse.Namespace, console: Console
 ) -> tuple[Curves, float]:
     """Take one step per pass over the whole set; return the curves and the seconds it took.
 
     The rate follows the share of steps done, or of the time limit used where that is ahead: a slow machine
     takes fewer steps and still ends with a small rate.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(model, RATE), lr=RATE, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(options.seed)
     curves, start = Curves(), time.perf_counter()
     columns = (
@@ -83,18 +142,11 @@ def train(
         done = 0.0
         while done < 1:
             share = min(1, (done + 1 / options.steps) / WARM_UP) * math.cos(math.pi / 2 * done) ** 2
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_rate"] * share
             order = torch.randperm(len(side.ids), generator=generator)
-            encoded = [model.encode_pictures(moved(side.pictures[r], generator)) for r in order.split(MICRO_BATCH)]
+            pictures = torch.cat([moved(side.pictures[rows], generator) for rows in order.split(MICRO_BATCH)])
             in_english = torch.rand(len(order), 1, generator=generator) < ENGLISH
-            texts = model.encode_texts(torch.where(in_english, side.english, side.texts))[order]
-            loss = emoji_loss(torch.cat(encoded), texts, model.scale(), side.ids[order], backend=options.backend)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-            curves.loss.append(loss.item())
+            texts = torch.where(in_english, side.english, side.texts)[order]
+            curves.loss.append(model.learn(pictures, texts, side.ids[order], share))
             curves.scale.append(model.scale().item())
             steps = len(curves.loss)
             done = max(steps / options.steps, (time.perf_counter() - start) / options.seconds_limit)
@@ -128,7 +180,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Do the job and say what came of it."""
     start = time.perf_counter()
     torch.manual_seed(options.seed)
-    check_that_it_trains(options.backend)
+    model = learner(options.backend, options.seed)
 
     with console.status("drawing emoji"):
         data = load_data(PICTURE_SIZE, seed=options.seed)
@@ -141,7 +193,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
     )
     console.print(ATTRIBUTION, style="dim")
 
-    model = TwoTower(TEXT_WIDTH, DIM)
     curves, seconds = train(model, side, held_out, options, console)
     steps = len(curves.loss)
     console.print(f"{steps} steps of {count:,} pairs in {seconds:.0f} s, scale {curves.scale[-1]:.1f}\n")
@@ -189,7 +240,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def compare_losses(
-    model: TwoTower, side: Side, scale: float, backend: str | None, console: Console
+    model: Learner, side: Side, scale: float, backend: str | None, console: Console
 ) -> dict[str, Comparison]:
     """Measure nibs beside dense on what was trained on, and on the icons; print both."""
     found = {}
@@ -221,7 +272,7 @@ def plain(comparison: Comparison) -> dict[str, object]:
 def main() -> int:
     """Read the options and run; an error of nibs is shown as it is, and nothing else is caught."""
     parser = argparse.ArgumentParser(description="Train an image-text model on emoji through nibs.")
-    parser.add_argument("--backend", help="of nibs, any that trains (default: torch, the owner of the tensors)")
+    parser.add_argument("--backend", help="of nibs, any that trains; jax trains in JAX (default: torch)")
     parser.add_argument("--steps", type=int, default=100, help="one step is the whole training set (default: 100)")
     parser.add_argument(
         "--seconds-limit", type=float, default=70.0, help="of training; fewer steps if slow (default: 70)"

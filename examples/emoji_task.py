@@ -1,4 +1,4 @@
-"""Emoji: pictures and their names in 14 languages, from the loss to the judgement. PyTorch.
+"""Emoji: pictures and their names in 14 languages, from the loss to the judgement. Tensors of PyTorch.
 
 What examples/demo.py and examples/train.py have in common: the tensors of one side of the split, the loss in which
 equal pictures are no negatives, retrieval, and zero-shot accuracy over groups that training knows nothing of.
@@ -7,7 +7,7 @@ equal pictures are no negatives, retrieval, and zero-shot accuracy over groups t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,26 @@ class Side:
     ids: Tensor
 
 
+class Towers(Protocol):
+    """A model that takes and gives tensors, whatever it computes with."""
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """`[n, 3, 32, 32]` to rows `[n, dim]` of length 1."""
+        ...
+
+    def encode_texts(self, texts: Tensor) -> Tensor:
+        """`[n, TEXT_WIDTH]` to rows `[n, dim]` of length 1."""
+        ...
+
+    def train(self) -> object:
+        """From here on something is dropped."""
+        ...
+
+    def eval(self) -> object:
+        """From here on nothing is."""
+        ...
+
+
 def side_of(data: EmojiData, features: TextFeatures, rows: np.ndarray) -> Side:
     """Gather the rows of one side of the split."""
     pictures = torch.from_numpy(data.pictures[rows]).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
@@ -70,7 +90,7 @@ def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def encode(model: TwoTower, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+def encode(model: Towers, side: Side) -> tuple[Tensor, Tensor, Tensor]:
     """Embed pictures, texts and English names as they are used: nothing dropped, nothing moved."""
     model.eval()
     pictures = torch.cat([model.encode_pictures(rows) for rows in side.pictures.split(ENCODED_AT_ONCE)])
@@ -91,7 +111,7 @@ class ZeroShot:
 
 
 @torch.no_grad()
-def zero_shot(model: TwoTower, data: EmojiData, features: TextFeatures, pictures: Tensor) -> ZeroShot:
+def zero_shot(model: Towers, data: EmojiData, features: TextFeatures, pictures: Tensor) -> ZeroShot:
     """Sort held-out pictures into the groups of Unicode, of which training was told nothing.
 
     A group is known by text alone: by prompts (the mean of its own name and those of its subgroups), or by the
