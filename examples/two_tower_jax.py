@@ -42,7 +42,9 @@ def initial(key: jax.Array, text_width: int, dim: int, channels: int = 48, scale
         "hidden": (text_width, 2 * dim),
         "text": (2 * dim, dim),
     }
-    parameters: Tree = {"log_scale": jnp.log(scale)}
+    parameters: Tree = {
+        "log_scale": jnp.asarray(np.log(scale), jnp.float32)
+    }  # a dtype of its own: a weak one recompiles
     running: Tree = {}
     for (name, shape), one in zip(layers.items(), jax.random.split(key, 2 * len(layers)).reshape(-1, 2), strict=True):
         fan_in, out = int(np.prod(shape[:-1])), shape[-1]

@@ -69,3 +69,24 @@ def test_a_page_without_marks_is_left_alone(run, tmp_path):
     with pytest.raises(SystemExit, match="no marks"):
         run.put_into(page, "cpu", "new")
     assert page.read_text() == "words\n"
+
+
+def test_the_gpu_benchmark_of_jax_runs_and_its_contenders_agree(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pytest.importorskip("jax")
+    pytest.importorskip("torch")
+    bench = importlib.import_module("gpu_jax")
+    rows = bench.measure("cpu", 48, 16, turns=1)
+    assert [row.get("failed") for row in rows] == [None] * 4
+    assert all(one["ratio"] > 0 for one in bench.verdicts(rows))
+
+
+def test_a_contender_of_the_gpu_benchmark_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pytest.importorskip("jax")
+    bench = importlib.import_module("gpu_jax")
+    right = bench.contenders("cpu", *bench.batch(24, 8))
+    wrong = {"eager": right["eager"], "jax, xla": lambda: lambda: lambda: [2 * one for one in right["eager"]()()()]}
+    monkeypatch.setattr(bench, "contenders", lambda *_: wrong)
+    rows = bench.measure("cpu", 24, 8, turns=1)
+    assert "differ" in rows[1]["failed"] and "median_ms" not in rows[1]

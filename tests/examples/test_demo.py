@@ -108,3 +108,14 @@ def test_nibs_is_measured_beside_dense_and_agrees(backend: str | None, monkeypat
     assert found.dense is not None
     disagreement = found.disagreement()
     assert disagreement is not None and disagreement < 1e-5
+
+
+def test_the_step_in_jax_is_compiled_once() -> None:
+    pytest.importorskip("optax")
+    import two_tower_jax
+
+    model, side = two_tower_jax.TwoTower(TEXT_WIDTH, DIM, demo.RATE), toy()
+    before = two_tower_jax.step._cache_size()
+    for _ in range(3):
+        model.learn(side.pictures, side.texts, side.ids, 1.0)
+    assert two_tower_jax.step._cache_size() <= before + 1

@@ -163,7 +163,9 @@ class JaxBackend(Backend):
     def _kind(self, request: Request) -> str:
         """The kind of device that will run this: the arrays' own, or JAX's default where they are traced."""
         if request.device in ("traced", "sharded"):
-            return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+            chosen = jax.config.jax_default_device  # of `with jax.default_device(...)`: a device, or a platform's name
+            kind = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
+            return {"gpu": "cuda"}.get(kind, kind)
         return request.device.partition(":")[0]
 
     def tile_hint(self, device: str, dtype: str) -> TileHint:

@@ -23,7 +23,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -204,28 +204,33 @@ def _serve(frame: Any) -> None:
             )
     backend, facts, given, results = _read(_attribute(frame.attrs))
     device = facts["device"]
-    view = _numpy_view if device == "cpu" else _cupy_view
-    stream = None if device == "cpu" else _stream(frame)
-    values = dict.fromkeys(ARRAYS)
-    values.update({name: view(_buffer(frame.args, index)) for index, name in enumerate(given)})
-    out = {name: view(_buffer(frame.rets, index)) for index, name in enumerate(results)}
-    if device != "cpu":
-        facts["device"] = f"cuda:{out['loss'].device.id}"
-    request = Request(**{**facts, "owner": backend}, **values)  # type: ignore[arg-type]
-    with _workspace(stream, out.get("scratch")):
-        loss, gradients, *stats = registry.load(backend).loss_and_grad(request)
-        out["loss"][...] = loss
-        for name in WRT:
+    with nullcontext() if device == "cpu" else _on_gpu(frame, results.index("loss")) as number:
+        view = _numpy_view if device == "cpu" else _cupy_view
+        values = dict.fromkeys(ARRAYS)
+        values.update({name: view(_buffer(frame.args, index)) for index, name in enumerate(given)})
+        out = {name: view(_buffer(frame.rets, index)) for index, name in enumerate(results)}
+        if number is not None:
+            facts["device"] = f"cuda:{number}"
+        request = Request(**{**facts, "owner": backend}, **values)  # type: ignore[arg-type]
+        with _workspace(out.get("scratch")):
+            _answer(registry.load(backend).loss_and_grad(request), out)
+
+
+def _answer(answer: Any, out: dict[str, Any]) -> None:
+    """The eager backend's answer into the result buffers."""
+    loss, gradients, *stats = answer
+    out["loss"][...] = loss
+    for name in WRT:
+        if name in out:
+            out[name][...] = getattr(gradients, name)
+    if stats:
+        figures = [getattr(stats[0], name) for name in FIGURES]
+        out["figures"][...] = _row(
+            out["figures"], [float("nan") if value is None else float(value) for value in figures]
+        )
+        for name in ("query_lse", "key_lse"):
             if name in out:
-                out[name][...] = getattr(gradients, name)
-        if stats:
-            figures = [getattr(stats[0], name) for name in FIGURES]
-            out["figures"][...] = _row(
-                out["figures"], [float("nan") if value is None else float(value) for value in figures]
-            )
-            for name in ("query_lse", "key_lse"):
-                if name in out:
-                    out[name][...] = getattr(stats[0], name)
+                out[name][...] = getattr(stats[0], name)
 
 
 def _row(like: Any, values: list[float]) -> Any:
@@ -238,15 +243,27 @@ def _row(like: Any, values: list[float]) -> Any:
 
 
 @contextmanager
-def _workspace(stream: int | None, scratch: Any) -> Iterator[None]:
-    """CuPy works on XLA's stream, in XLA's memory."""
-    if stream is None:
+def _on_gpu(frame: Any, loss: int) -> Iterator[int]:
+    """CuPy works where XLA does: on the device whose memory the result `loss` is, and on the stream of this call.
+
+    The thread that XLA calls on has a device of its own, which need not be this one.
+    """
+    import cupy
+
+    place = cupy.cuda.runtime.pointerGetAttributes(_buffer(frame.rets, loss).data)
+    with cupy.cuda.Device(place.device), cupy.cuda.ExternalStream(_stream(frame)):
+        yield place.device
+
+
+@contextmanager
+def _workspace(scratch: Any) -> Iterator[None]:
+    """On a GPU the eager backend works in XLA's memory."""
+    if scratch is None:
         yield
         return
     import cupy
 
-    arena = Arena(scratch)
-    with cupy.cuda.ExternalStream(stream), cupy.cuda.using_allocator(arena.allocate):
+    with cupy.cuda.using_allocator(Arena(scratch).allocate):
         yield
 
 

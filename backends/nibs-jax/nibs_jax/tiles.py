@@ -37,7 +37,7 @@ PRECISION = {"default": None, "high": lax.Precision.HIGH, "highest": lax.Precisi
 
 
 class Rules(NamedTuple):
-    """The constants of one call that every tile needs, as in `nibs.verbs.Problem`; all but arrays are static."""
+    """The constants of one call that every tile needs: the static part of `nibs.verbs.Problem`, see decision 0007."""
 
     softmax: bool
     rows: bool

@@ -1,4 +1,7 @@
-"""One process of a ring over gloo: `gloo_rank.py RANK SIZE FOLDER` writes its share of the gradients to FOLDER."""
+"""One process of several over gloo: `gloo_rank.py WORK RANK SIZE FOLDER` writes what it found to FOLDER.
+
+WORK is "ring", the loss with its gradients, or "page", the blocks of docs/jax.md for many hosts as they stand there.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax_checks import blocks_of_page
 
 import nibs
 
@@ -32,7 +36,8 @@ def address(rank: int, folder: Path) -> str:
     return note.read_text()
 
 
-def main(rank: int, size: int, folder: Path) -> None:
+def ring(rank: int, size: int, folder: Path) -> None:
+    """The loss and all its gradients over a ring of the processes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address(rank, folder), size, rank)
     r = np.random.default_rng(0)
@@ -59,6 +64,29 @@ def main(rank: int, size: int, folder: Path) -> None:
     )
 
 
+def page(rank: int, size: int, folder: Path) -> None:
+    """The page's own words, with this process's rows of 16 and two matrices as parameters."""
+    blocks = blocks_of_page()
+    images, texts = ((np.random.default_rng(seed).standard_normal((16, 8)) / 2).astype(np.float32) for seed in (1, 2))
+    mine = slice(rank * 16 // size, (rank + 1) * 16 // size)
+    space = {
+        "coordinator_address": address(rank, folder),
+        "process_count": size,
+        "process_index": rank,
+        "local_images": images[mine],
+        "local_texts": texts[mine],
+        "parameters": {
+            "image": np.eye(8, dtype=np.float32),
+            "text": np.eye(8, dtype=np.float32) + np.float32(0.1),
+            "log_scale": np.float32(0.7),
+        },
+    }
+    for name in ("jit", "hosts", "shard_map", "local_rows"):
+        exec(blocks[name], space)
+    gradients = {name: np.asarray(one.addressable_data(0)) for name, one in space["gradients"].items()}
+    np.savez(folder / f"{rank}.npz", value=np.asarray(space["value"].addressable_data(0)), **gradients)
+
+
 if __name__ == "__main__":
     os.environ.pop("XLA_FLAGS", None)
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    {"ring": ring, "page": page}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+PAGE = Path(__file__).parents[3] / "docs" / "jax.md"
+
+
+def blocks_of_page() -> dict[str, str]:
+    """The blocks of docs/jax.md that run, by name."""
+    return dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
 
 
 def rows(n: int, m: int, d: int = 8, seed: int = 0, dtype: str = "float32") -> tuple[Any, Any]:
@@ -66,3 +77,25 @@ def hops(function: Any, *arguments: Any) -> tuple[int, int]:
                 count += times * (len(variable.aval.shape) == 2)
                 size += times * variable.aval.size * variable.aval.dtype.itemsize
     return count, size
+
+
+def processes(size: int, folder: Path, work: str) -> list[Any]:
+    """What each of `size` processes of `gloo_rank.py` wrote after doing `work` together."""
+    script = Path(__file__).with_name("gloo_rank.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), work, str(rank), str(size), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
+    return [np.load(folder / f"{rank}.npz") for rank in range(size)]

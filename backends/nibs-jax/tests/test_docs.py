@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax_checks import close, dense, rows
-
-ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "jax.md"
+from jax_checks import blocks_of_page, close, dense, processes, rows
 
 
 def test_the_snippets_run_and_give_the_dense_loss(mesh: Any) -> None:
-    blocks = dict(re.findall(r"<!-- runs: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
-    assert list(blocks) == ["jit", "shard_map", "global", "decoupled"]
+    blocks = blocks_of_page()
+    assert list(blocks) == ["jit", "shard_map", "global", "decoupled", "hosts", "local_rows"]
     images, texts = rows(16, 16)
     parameters = {"image": jnp.eye(8), "text": jnp.eye(8) + 0.1, "log_scale": jnp.asarray(0.7)}
     space: dict[str, Any] = {"mesh": mesh(4), "queries": images, "keys": texts}
@@ -49,3 +45,16 @@ def test_the_snippets_run_and_give_the_dense_loss(mesh: Any) -> None:
         return dense(jnp.concatenate(parts), texts @ parameters["text"], jnp.exp(parameters["log_scale"]))
 
     close((space["value"], space["gradients"]), jax.value_and_grad(dropped)(parameters), 1e-5)
+
+
+def test_the_snippet_for_many_hosts_runs_on_two_processes(tmp_path: Path) -> None:
+    images, texts = (np.random.default_rng(seed).standard_normal((16, 8)).astype(np.float32) / 2 for seed in (1, 2))
+    parameters = {"image": jnp.eye(8), "text": jnp.eye(8) + 0.1, "log_scale": jnp.asarray(0.7)}
+
+    def whole(parameters: Any) -> Any:
+        return dense(images @ parameters["image"], texts @ parameters["text"], jnp.exp(parameters["log_scale"]))
+
+    value, gradients = jax.value_and_grad(whole)(parameters)
+    for found in processes(2, tmp_path, "page"):
+        close({name: found[name] for name in gradients}, gradients, 1e-5)
+        close(found["value"], value)

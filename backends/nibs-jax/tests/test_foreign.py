@@ -113,6 +113,13 @@ def test_kernels_of_another_device_are_refused_by_name() -> None:
         nibs.contrastive_loss(*rows(4, 4))
 
 
+def test_a_trace_for_another_device_than_the_first_is_planned_for_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    queries, keys = rows(7, 7)
+    with nibs_jax.kernels("numpy"), jax.default_device(jax.devices("cpu")[0]):
+        close(jax.jit(nibs.contrastive_loss)(queries, keys), dense(queries, keys))
+
+
 def test_kernels_that_nobody_has_are_refused() -> None:
     with pytest.raises(InvalidInput, match="'xla'"), nibs_jax.kernels("metal"):
         pass

@@ -8,8 +8,6 @@ outside, of the whole function, they are the same numbers.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from jax_checks import close, dense, hops, rows
+from jax_checks import close, dense, hops, processes, rows
 
 import nibs
 from nibs.errors import InvalidInput
@@ -210,26 +208,9 @@ def test_a_ring_that_is_no_axis_is_refused(ring: Any) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_that_meet_over_gloo_give_the_same(size: int, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("gloo_rank.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(size), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
+    found = processes(size, tmp_path, "ring")
     queries, keys = rows(24, 24)
     want = jax.value_and_grad(dense, (0, 1, 2))(queries, keys, 3.0)
-    found = [np.load(tmp_path / f"{rank}.npz") for rank in range(size)]
     for one in found:
         close((one["loss"], one["scale"]), (want[0], want[1][2]))
     close(np.concatenate([one["queries"] for one in found]), want[1][0])

@@ -100,14 +100,15 @@ def test_a_million_rows_compile_in_seconds_and_hold_no_million_squared() -> None
     begun = time.process_time()
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(shape, shape).compile()
     took = time.process_time() - begun
-    assert took < 10, f"{took:.1f} s of one processor"  # 5 s of a clock, on two
+    assert took < 5, f"{took:.1f} s of processors' time"  # which others on the machine do not lengthen much
     assert compiled.memory_analysis().temp_size_in_bytes < 300 * 2**20
 
 
 @pytest.mark.parametrize(
     "objective", [nibs.InfoNCE(), nibs.Sigmoid(), nibs.InfoNCE("query_to_key")], ids=["symmetric", "sigmoid", "one-way"]
 )
-def test_temporary_memory_does_not_depend_on_pairs(objective: Any) -> None:
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
+def test_temporary_memory_does_not_depend_on_pairs(objective: Any, grad: bool) -> None:
     def temporary(n: int, m: int) -> int:
         plan = nibs.plan(
             n,
@@ -119,7 +120,11 @@ def test_temporary_memory_does_not_depend_on_pairs(objective: Any) -> None:
             sweep="single" if isinstance(objective, nibs.Sigmoid) else "recompute",
         )
         shapes = [jax.ShapeDtypeStruct((size, 8), jnp.float32) for size in (n, m)]
-        call = jax.value_and_grad(lambda *x: loss(*x, objective=objective, plan=plan), (0, 1))
+
+        def forward(*sides: Any) -> Any:
+            return loss(*sides, objective=objective, plan=plan)
+
+        call = jax.value_and_grad(forward, (0, 1)) if grad else forward
         return int(jax.jit(call).lower(*shapes).compile().memory_analysis().temp_size_in_bytes)
 
     small, large = temporary(2048, 2048), temporary(8192, 8192)
