@@ -18,6 +18,8 @@ from nibs_torch.kernels import lse, rows, sigmoid, tuning, weights
 
 CPU = torch.device("cpu")
 DESCRIBED = tuning.Config(32, 64, 16, 4, 1, descriptors=True, per_sm=1)
+WIDE = [tuning.Config(32, columns, 16, 4, 1) for columns in (128, 256)]
+OBJECTIVES = [nibs.InfoNCE(), nibs.InfoNCE(label_smoothing=0.1), nibs.InfoNCE("key_to_query"), nibs.Sigmoid()]
 
 
 def launch(dtype: str = "float32") -> FusedTiles:
@@ -123,14 +125,15 @@ def test_the_grouped_softplus_keeps_the_digits_of_small_terms(bias: float) -> No
     torch.testing.assert_close(slope.double(), torch.sigmoid(logits), rtol=4e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.Sigmoid()], ids=["infonce", "sigmoid"])
-@pytest.mark.parametrize("n, d", [(70, 40), (64, 48)], ids=["ragged", "whole"])
-def test_the_copy_engine_and_programs_that_stay_change_nothing(
-    objective: Any, n: int, d: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["infonce", "smoothed", "one way", "sigmoid"])
+@pytest.mark.parametrize("n, m, d", [(70, 70, 40), (32, 256, 16)], ids=["ragged", "whole"])
+@pytest.mark.parametrize("config", [DESCRIBED, *WIDE], ids=["copy engine", "two parts", "four parts"])
+def test_the_shape_of_tiles_and_who_fetches_them_change_nothing(
+    config: Any, objective: Any, n: int, m: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queries, keys = batch(n, n, d)
+    queries, keys = batch(n, m, d)
     plain = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
-    monkeypatch.setattr(tuning, "INTERPRETER", (DESCRIBED,))
+    monkeypatch.setattr(tuning, "INTERPRETER", (config,))
     loss, grads = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
     torch.testing.assert_close(loss, plain[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(grads.queries, plain[1].queries, rtol=1e-5, atol=1e-7)
