@@ -8,7 +8,7 @@
 
 The rows come as they are, in their own dtype and strides; scale and masks are applied in the kernels. Only absent rows
 (zero, for the products), mixed dtypes and TF32 (rounded) make copies. Nothing here waits for the device, so a call
-whose options need no look at values can be captured in a CUDA graph.
+can be captured in a CUDA graph; the tests hold it to that on a card that is pretended.
 
 `why_not` says in a sentence why a call cannot run here; `asked` reads what the caller wants: NIBS_TORCH_KERNEL=triton
 (or torch), or the `kernel` of an explicit plan. What was asked for is done or refused, never replaced. On CPU tensors
