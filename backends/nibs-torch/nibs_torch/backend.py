@@ -127,7 +127,7 @@ class TorchBackend(Backend):
     def tile_hint(self, device: str, dtype: str) -> TileHint:
         if kernel_for(device, dtype) == "triton":
             return hints(device, dtype)[0]
-        return _hint(torch.device(device), dtype)
+        return _hint(device, dtype)
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
         tensor = values if isinstance(values, Tensor) else _import(values)
@@ -236,13 +236,13 @@ def _plan(request: Request, *, grad: bool, hold: bool = False, deferred: bool = 
     size = 1 if request.ring is None else request.ring.size
     if not request.streams and kernel_for(request.device, request.dtype, request.plan) == "triton":
         return fused_plan(request, grad=grad, hold=hold, deferred=deferred, ring_size=size)
-    hint = _hint(request.queries.device, request.dtype)
+    hint = _hint(request.device, request.dtype)
     return plan_request(request, hint, grad=grad, hold=hold, deferred=deferred, ring_size=size)
 
 
-def _hint(device: torch.device, dtype: str) -> TileHint:
+def _hint(device: str, dtype: str) -> TileHint:
     """The tiles of the plain path on a device."""
-    if device.type != "cpu":
+    if not device.startswith("cpu"):
         return DEVICE_HINT
     return NARROW_HINT if narrows(dtype, device) else CPU_HINT
 

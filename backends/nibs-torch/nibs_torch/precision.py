@@ -77,9 +77,11 @@ class _Loan:
                 lent.free.notify_all()
 
 
-def narrows(dtype: str, device: torch.device) -> bool:
-    """Whether products of rows of this dtype run on bfloat16 tiles: then `products` is asked for them with `narrow`."""
-    return dtype == "bfloat16" and device.type == "cpu" and _has_tiles()
+def narrows(dtype: str, device: str) -> bool:
+    """Whether products of rows of this dtype, on a device of this name, run on bfloat16 tiles: then `products` is
+    asked for them with `narrow`.
+    """
+    return dtype == "bfloat16" and device.startswith("cpu") and _has_tiles()
 
 
 def products(

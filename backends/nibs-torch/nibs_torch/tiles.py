@@ -49,7 +49,7 @@ class TorchTiles:
         self.wide = self.accumulator if device.type == "mps" else torch.float64
         self.device = device
         self.lowest = torch.finfo(self.accumulator).min
-        self.rounds_weights = self._narrow = narrows(dtype, device)
+        self.rounds_weights = self._narrow = narrows(dtype, device.type)
         self._strip = min(STRIP, SHARE * torch.get_num_threads()) if device.type == "cpu" else DEVICE_STRIP
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: torch.Tensor | None = None

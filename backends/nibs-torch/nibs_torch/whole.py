@@ -44,7 +44,7 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     if not _plain(request) or (wants[2] and not wants[0] and not wants[1]):
         return None
     flops = 2 * n * m * request.d
-    narrow = flops > LARGE and narrows(request.dtype, request.queries.device)
+    narrow = flops > LARGE and narrows(request.dtype, request.device)
     times = request.scale.detach().item() if isinstance(request.scale, Tensor) else float(request.scale)
     if not TINY <= abs(times) < math.inf or (narrow and not isinstance(objective, InfoNCE)):
         return None
