@@ -81,8 +81,9 @@ def agree(ring: Ring, request: Request, scale: Any, bias: Any, *, grad: bool) ->
 
     scale, bias: 0-d. grad: whether gradients are computed now; those of a later backward stand in the
     request's `wrt`. Raises RingError, on every rank, where the ranks disagree; and where one has refused,
-    naming it.
+    naming it. InvalidInput where the ring does not carry this rank's rows.
     """
+    ring.check(request.keys, request.device)
     if ring.size == 1:
         return Shards((request.n,), (request.m,), request.key_mask is not None, request.weights is not None)
     mine = {

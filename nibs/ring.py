@@ -43,6 +43,9 @@ class Ring:
     owes: bool = False
     """A call has begun whose words this rank has not exchanged yet; see `nibs.agreement`."""
 
+    def check(self, rows: Any, device: str) -> None:
+        """Before ranks agree: raise InvalidInput where rows like these, on this device, cannot go round this ring."""
+
     def shift(self, *arrays: Any, into: Sequence[Any] | None = None) -> Pending:
         """Post one hop: send `arrays` to the next rank and receive the previous rank's.
 
@@ -63,9 +66,10 @@ class Ring:
         raise NotImplementedError
 
     def settle(self) -> None:
-        """At the end of every call: return once all that was posted has come to its end, or raise RingError.
+        """Return once all that was posted has come to its end, or raise RingError.
 
-        For rings whose `wait` only orders streams of a device: what a call returns must not hang on a lost peer.
+        For rings whose `wait` and `sum` only order streams of a device. It is due at the end of every call, and before
+        the host reads a number that comes after them: neither may hang on a lost peer.
         """
 
     def __copy__(self) -> Ring:

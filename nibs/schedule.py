@@ -760,14 +760,16 @@ class Call:
         hits = xp.where(rows.positive_max > rows.negative_max, anchors, zero)
         vectors = (hits, anchors, rows.positive_sum, self.row_count, rows.allowed_sum, rows.allowed_count)
         totals = self._sums(*(tiles.total(vector) for vector in vectors), *counts, *lses)
-        top, of, positive, positives, total, pairs, *rest = (float(value) for value in totals)
-        seen, sums = rest[: len(counts)], rest[len(counts) :]
         largest = tiles.zeros(self.ring.size)
         if self.request.n:
             largest[self.ring.rank] = xp.where(self.present > 0, rows.negative_max, tiles.scalar(-INFINITY)).max()
         else:
             largest[self.ring.rank] = -INFINITY
-        hardest = float(self.ring.sum(largest).max())
+        largest = self.ring.sum(largest)
+        self.ring.settle()  # from here on the host reads numbers
+        top, of, positive, positives, total, pairs, *rest = (float(value) for value in totals)
+        seen, sums = rest[: len(counts)], rest[len(counts) :]
+        hardest = float(largest.max())
         poison = float(self.queries_poison + self.keys_poison)
         bias = float(self.bias) if problem.softmax else 0.0
         return Stats(

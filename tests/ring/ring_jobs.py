@@ -261,6 +261,29 @@ def what_shift_allows(ring: Any, rank: int, size: int) -> bool:
     )
 
 
+def sums_of_others_arrays(ring: Any, rank: int, size: int) -> tuple[float, int]:
+    """A sum of another framework's numbers, and how often they were asked for by DLPack, which orders streams."""
+    asked = []
+
+    class Others(np.ndarray):
+        def __dlpack__(self, **options: Any) -> Any:
+            asked.append(options)
+            return super().__dlpack__(**options)
+
+    total = ring.sum(np.full(2, 1.0 + rank).view(Others))
+    return float(total.sum()), len(asked)
+
+
+def rows_it_does_not_carry(ring: Any, rank: int, size: int) -> Any:
+    """What a ring for GPUs alone says of a CPU's rows, before ranks agree."""
+    group = dist.new_group(list(range(size)))
+    other = nibs_torch.Ring(group)
+    other._kinds = {"cuda": "nccl"}
+    said = attempt(lambda: other.check(torch.ones(1), "cpu"))
+    dist.destroy_process_group(group)
+    return said, other.dead
+
+
 class Work:
     """In the place of NCCL's, over gloo's: a wait without a timeout orders streams, and one with tells of failure."""
 

@@ -82,6 +82,51 @@ def test_threads_carry_tensors_too(dtype: str) -> None:
     assert (keys - whole[1].keys).abs().max() < (1e-5 if dtype == "float32" else 1e-2)
 
 
+def per_row(ring: Any, backend: str) -> Any:
+    """A loss whose gradients are made in its backward, which goes round the ring by itself."""
+    from ring_jobs import shard
+
+    queries, keys = (one.requires_grad_() for one in shard(ring.rank))
+    return nibs.contrastive_loss(queries, keys, ring=ring, reduction="none", backend=backend).sum()
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_a_backward_settles_what_it_has_posted(backend: str) -> None:
+    from nibs.threads import run
+
+    def rank(ring: Any) -> list[str]:
+        loss, shift, events = per_row(ring, backend), ring.shift, []
+
+        def posted(*arrays: Any, into: Any = None) -> Any:
+            events.append("shift")
+            return shift(*arrays, into=into)
+
+        ring.shift, ring.settle = posted, lambda: events.append("settled")
+        loss.backward()
+        return events
+
+    for events in run(2, rank):
+        assert "shift" in events and events[-1] == "settled"
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_a_rank_that_fails_within_a_backward_finds_its_own_ring_dead(backend: str) -> None:
+    from nibs.threads import run
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ArithmeticError
+
+    def rank(ring: Any) -> str | None:
+        loss = per_row(ring, backend)
+        if ring.rank == 1:
+            ring.shift = fail
+        with pytest.raises((ArithmeticError, nibs.errors.RingError)):
+            loss.backward()
+        return ring.dead
+
+    assert run(2, rank, timeout=0.5)[1] == "rank 1 of 2 raised ArithmeticError in the middle of a call."
+
+
 def test_a_ring_is_found_by_its_key(world: World) -> None:
     for same, timeout, group, nowhere in answers(world(2).run("ring_jobs:keys_of_rings")):
         assert same and timeout == 7.5 and group
@@ -106,6 +151,16 @@ def test_the_last_hop_on_streams_is_looked_after_before_the_call_returns(fragile
 
 def test_a_shift_puts_things_where_they_are_wanted(world: World) -> None:
     assert all(answers(world(3).run("ring_jobs:what_shift_allows")))
+
+
+def test_others_numbers_are_summed_behind_what_computes_them(world: World) -> None:
+    assert answers(world(2).run("ring_jobs:sums_of_others_arrays")) == [(6.0, 1)] * 2
+
+
+def test_rows_that_the_group_does_not_carry_are_refused_before_anything_moves(world: World) -> None:
+    for (kind, text, _), dead in answers(world(2).run("ring_jobs:rows_it_does_not_carry")):
+        assert kind == "InvalidInput" and "carries cuda tensors, and these are on cpu" in text
+        assert dead is None
 
 
 # -- over the wire ---------------------------------------------------------------------------------

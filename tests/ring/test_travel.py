@@ -227,6 +227,32 @@ def test_a_rank_that_fails_within_a_rotation_finds_its_own_ring_dead():
     assert reasons[1] == "rank 1 of 2 raised ArithmeticError in the middle of a call."
 
 
+def test_the_host_reads_no_sum_that_has_not_been_settled(monkeypatch: pytest.MonkeyPatch):
+    # on streams such a read would wait for a lost peer for ever
+    unsettled: dict[int, list[str]] = defaultdict(list)
+
+    class OnStreams(np.ndarray):
+        """What a sum makes of an array, until it is settled."""
+
+        def __float__(self) -> float:
+            assert not unsettled[threading.get_ident()], "read before it was settled."
+            return float(np.asarray(self))
+
+        def __bool__(self) -> bool:
+            return bool(float(self))
+
+    def summed(ring: ThreadRing, value: Any) -> Any:
+        unsettled[threading.get_ident()].append("sum")
+        return total(ring, value).view(OnStreams)
+
+    total = ThreadRing.sum
+    monkeypatch.setattr(ThreadRing, "sum", summed)
+    monkeypatch.setattr(ThreadRing, "settle", lambda ring: unsettled[threading.get_ident()].clear())
+
+    _, one = run(2, lambda ring: nibs.contrastive_loss(*rows(ring.rank), ring=ring, stats=True)[1].count)
+    assert one == 12
+
+
 def test_a_copy_of_a_ring_is_the_ring():
     def rank(ring: ThreadRing) -> bool:
         return copy.deepcopy({"ring": ring})["ring"] is ring

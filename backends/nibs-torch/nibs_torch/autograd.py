@@ -20,8 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nibs.agreement import joining
 from nibs.errors import Unsupported
 from nibs.request import WRT, Request
+from nibs.ring import Solo
 from nibs.spec import InfoNCE, Stats
 
 __all__ = ["ARRAYS", "ForeignKernels", "Job", "Kernels", "differentiable_loss"]
@@ -228,7 +230,8 @@ class ForeignKernels:
             if sign < 0 and not _anywhere(part > 0, request.ring):
                 continue
             for asked in _weighed(replace(request, reduction="sum", stats=False, hold=True), part):
-                _, gradients = self.loss_and_grad(asked)
+                with joining(request.ring or Solo()):
+                    _, gradients = self.loss_and_grad(asked)
                 found = [getattr(gradients, name) for name in request.wrt or ()]
                 found = [one * sign for one in found] if sign < 0 else found
                 total = found if total is None else [one + other for one, other in zip(total, found, strict=True)]
@@ -238,8 +241,11 @@ class ForeignKernels:
 
 def _anywhere(found: Tensor, ring: Any) -> bool:
     """Whether any is True, on any rank: all ranks must make the same calls."""
-    count = found.sum(dtype=torch.float32)
-    return bool((count if ring is None or ring.size == 1 else ring.sum(count)) > 0)
+    if ring is None or ring.size == 1:
+        return bool(found.any())
+    count = ring.sum(found.sum(dtype=torch.float32))
+    ring.settle()
+    return bool(count > 0)
 
 
 def _weighed(request: Request, factors: Tensor) -> list[Request]:

@@ -166,7 +166,7 @@ class ScheduleKernels:
     """The shared schedule, as `nibs_torch.autograd` asks for it.
 
     checked: values were looked at before. Inside torch.func, and while a CUDA graph is captured, they could not be:
-    there bad rows become NaN.
+    there bad rows become NaN. Each joins the ranks by itself: a backward, and what was compiled, run by themselves.
     """
 
     def __init__(self, *, checked: bool) -> None:
@@ -174,7 +174,7 @@ class ScheduleKernels:
 
     def forward(self, request: Request, *, deferred: bool) -> tuple[Tensor, list[Tensor], Stats | None]:
         request = request if self.checked else tracing.poisoned(request)
-        with _plain(request.device):
+        with _plain(request.device), joining(request.ring or SOLO):
             found = None if deferred else _whole(request, grad=True)
             if found is not None:
                 loss, gradients = found
@@ -199,7 +199,7 @@ class ScheduleKernels:
                 "over the tiles of its own. Differentiate a weighted sum of the values, one at a time."
             )
         request = request if self.checked else tracing.poisoned(request)
-        with _plain(request.device):
+        with _plain(request.device), joining(request.ring or SOLO):
             call = _call(request, grad=True, deferred=True)
             rows, columns = (side[: len(mine)].unbind() for side, mine in zip(saved, call.state(), strict=True))
             call.resume(rows, columns)
@@ -213,14 +213,13 @@ COMPILED = tracing.CompiledKernels()
 
 
 def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Call:
-    with joining(request.ring or SOLO):  # where the call was compiled, nobody has told the peers of an error yet
-        if request.streams:
-            request = streamed(request, hold=hold)
-        plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
-        device = request.queries.device
-        fused = plan.kernel == "triton"
-        tiles = FusedTiles(request.dtype, device, request.precision) if fused else TorchTiles(request.dtype, device)
-        return Call(request, tiles, plan, request.ring, hold=hold)
+    if request.streams:
+        request = streamed(request, hold=hold)
+    plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
+    device = request.queries.device
+    fused = plan.kernel == "triton"
+    tiles = FusedTiles(request.dtype, device, request.precision) if fused else TorchTiles(request.dtype, device)
+    return Call(request, tiles, plan, request.ring, hold=hold)
 
 
 def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:

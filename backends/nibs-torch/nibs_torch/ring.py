@@ -76,6 +76,10 @@ class Ring(BaseRing):
     def dead(self, reason: str) -> None:
         _dead[self.group] = reason
 
+    def check(self, rows: Any, device: str) -> None:
+        if isinstance(rows, torch.Tensor):
+            self._kind(rows)
+
     def shift(self, *arrays: Any, into: Sequence[Any] | None = None) -> _Hop:
         self.alive()
         if into is None:
@@ -85,7 +89,7 @@ class Ring(BaseRing):
         return hop
 
     def sum(self, value: Any) -> Any:
-        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+        tensor = value if isinstance(value, torch.Tensor) else _tensor(value)
         every = self._gather(tensor.detach().reshape(-1).contiguous())
         total = every[0].clone()
         for rank in range(1, self.size):  # in rank order, so that every rank gets the same bits
@@ -298,6 +302,11 @@ def _room(array: Any) -> Any:
     if isinstance(array, torch.Tensor):
         return torch.empty_like(array, memory_format=torch.contiguous_format)
     return _framework(array).empty(array.shape, array.dtype)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """Another framework's array, its memory shared; DLPack orders the streams of the two."""
+    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.as_tensor(value)
 
 
 def _framework(array: Any) -> Any:
