@@ -19,7 +19,7 @@ from nibs.spec import Backend
 from nibs_cupy.device import Cuda, Host, open_device
 from nibs_cupy.fast import FAMILIES, SLAB, why_not
 from nibs_cupy.fast_tiles import FastTiles
-from nibs_cupy.side import check_device
+from nibs_cupy.side import check_streams
 from nibs_cupy.tiles import DTYPES, CupyTiles
 
 # One tile of weights; beside it the parts of statistics, 18 numbers for each 64 pairs at most, and their sums, which
@@ -62,7 +62,7 @@ class CupyBackend(Backend):
         return as_ring(handle, self.device)
 
     def _call(self, request: Request, *, grad: bool) -> Call:
-        check_device(request.ring, request.device)
+        check_streams(request.ring, request.device)
         ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
         size = ring.size if ring is not None else 1
         family, precision = self._family(request), self._precision(request.precision)

@@ -39,6 +39,9 @@ class DeviceRing(ThreadRing):
         self.under_way: dict[int, Any] = {}
         """The hops that have been posted and not waited for: their arrays must not be let go."""
 
+    def check(self, rows: Any, device: str) -> None:
+        self.side.check(rows, device, self.rank)
+
     def shift(self, *arrays: Any, into: Sequence[Any] | None = None) -> _Hop:
         self.alive()
         with self.side.here():
@@ -147,8 +150,9 @@ def run(
     try:
         return run_ranks(rings, rank, *arguments, errors=errors)
     finally:
-        for ring in rings:
-            ring.side.stream.synchronize()  # after an error copies may be left, and rings hold their arrays until here
+        for ring in rings:  # after an error copies may be left, and rings hold their arrays until here
+            with suppress(ring.side.cuda.runtime.CUDARuntimeError):  # what a rank has raised says more
+                ring.side.stream.synchronize()
 
 
 def _befriend(device: Cuda, devices: Sequence[int]) -> None:

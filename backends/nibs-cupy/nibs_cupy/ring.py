@@ -11,7 +11,7 @@ every rank has the same bits.
 NCCL waits for a lost peer for ever, on the device and on the host, so nothing here waits for NCCL:
 
 - its calls are made by a thread of the ring's own. The first one between two ranks blocks until both are there.
-- a `wait` orders streams only; the host looks one hop later whether the hops before have come to an end, and
+- a `wait` and a `sum` order streams only; the host looks one later whether those before have come to an end, and
   `settle`, at the end of a call, whether all have.
 - what is overdue, or what NCCL reports by itself, ends the ring: the communicator is aborted, which frees the device
   of the kernels that wait. It was the caller's, and is of no use to anybody then.
@@ -78,6 +78,9 @@ class Ring(BaseRing):
         self._under_way: deque[tuple[int, Any, Any]] = deque()  # as posted: number, event, and arrays to be held
         finalize(self, self._caller.stop)
 
+    def check(self, rows: Any, device: str) -> None:
+        self.side.check(rows, device, self.rank)
+
     def shift(self, *arrays: Any, into: Sequence[Any] | None = None) -> _Hop:
         self.alive()
         with self.side.here():
@@ -138,12 +141,13 @@ class Ring(BaseRing):
         where, stream, kind = (address(mine), address(every), mine.nbytes), self.side.stream.ptr, self.nccl.NCCL_UINT8
         done = self._post(lambda: self.communicator.allGather(*where, kind, stream), (mine, every), "the other ranks")
         self.side.before(done)
+        self._see(self._posts)
         return every
 
     def _post(self, call: Callable[[], None], held: Any, whom: str) -> Any:
         """NCCL's call, behind what has been computed so far; the event of its end. held: what it reads and writes."""
         self.side.behind()
-        self._guard(lambda: self._caller.make(call, self.timeout), whom)
+        self._guard(lambda: self._caller.make(call, held, self.timeout), whom)
         done = self.side.mark()
         self._posts += 1
         self._under_way.append((self._posts, done, held))
@@ -154,7 +158,7 @@ class Ring(BaseRing):
         deadline = time.monotonic() + self.timeout
         while self._under_way and self._under_way[0][0] < before:
             _, done, _ = self._under_way[0]
-            while not done.done:
+            while not self.side.ended(done):
                 self._guard(self.communicator.check_async_error, "a peer")
                 if time.monotonic() > deadline:
                     raise self._lost("the other ranks", "a hop or a sum did not end")
@@ -195,8 +199,9 @@ class _Hop:
             ring.alive()
             with ring.side.here():
                 ring.side.before(self.done)
-                self.arrived = self.parcel.unpack()
+                arrived = self.parcel.unpack()
             ring._see(self.number)
+            self.arrived = arrived
         return self.arrived
 
 
@@ -204,13 +209,13 @@ class _Caller:
     """A thread that makes calls which may never return. One that does not takes the thread with it, and nobody else."""
 
     def __init__(self, side: Side) -> None:
-        self.calls: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[tuple[Callable[[], Any], Any, _Answer] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, args=(self.calls, side), name="NCCL's calls", daemon=True).start()
 
-    def make(self, call: Callable[[], Any], seconds: float) -> Any:
-        """`call()`; TimeoutError where it has not returned by then."""
+    def make(self, call: Callable[[], Any], held: Any, seconds: float) -> Any:
+        """`call()`; TimeoutError where it has not returned by then. held: what must stay until it has, if ever."""
         answer = _Answer()
-        self.calls.put((call, answer))
+        self.calls.put((call, held, answer))
         if not answer.there.wait(seconds):
             raise TimeoutError
         if answer.error is not None:
@@ -225,13 +230,13 @@ class _Caller:
         """Static, so that the thread does not keep its ring alive."""
         with side.here():
             while (given := calls.get()) is not None:
-                call, answer = given
+                call, _, answer = given
                 try:
                     answer.value = call()
                 except BaseException as error:
                     answer.error = error
                 answer.there.set()
-                del given, call, answer  # arrays are held by whoever still needs them
+                del given, call, _, answer  # from here on arrays are held by whoever still needs them
 
 
 class _Answer:

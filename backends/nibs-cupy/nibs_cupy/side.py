@@ -6,7 +6,7 @@
 
 The stream that computes is CuPy's current one, whichever that is at the moment of the call. None of these waits on the
 host. Arrays that are under way on the side must be held until the computing stream comes after them: CuPy's memory
-pool orders what it hands out by one stream alone.
+pool orders what it hands out by one stream alone, the one on which it was handed out before.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from nibs.arrays import describe
 from nibs.errors import InvalidInput
 from nibs.threads import ThreadRing
-from nibs_cupy.device import Cuda
+from nibs_cupy.device import Cuda, KernelFault
 
-__all__ = ["Parcel", "Side", "check_device"]
+__all__ = ["Parcel", "Side", "check_streams"]
+
+NOT_READY = 600
+"""CUDA's cudaErrorNotReady."""
 
 
-def check_device(ring: Any, device: str) -> None:
-    """Raise InvalidInput where the ring's end is on another device than the arrays, or the ring orders no streams."""
-    side = getattr(ring, "side", None)
-    if side is None and isinstance(ring, ThreadRing) and device.startswith("cuda"):
+def check_streams(ring: Any, device: str) -> None:
+    """Raise InvalidInput where arrays are on a GPU and the ring orders no streams."""
+    if isinstance(ring, ThreadRing) and not hasattr(ring, "side") and device.startswith("cuda"):
         raise InvalidInput(
             "a ring of nibs.threads orders nothing between devices or streams: on GPUs use nibs_cupy.devices.run([0] * "
             f"{ring.size}, function), whose ranks are threads too; the list says which device each has."
-        )
-    if side is not None and device.partition(":")[2] not in ("", str(side.number)):
-        raise InvalidInput(
-            f"queries are on {device}, and rank {ring.rank} of this ring is on cuda:{side.number}: "
-            f"make its arrays under cupy.cuda.Device({side.number})."
         )
 
 
@@ -50,10 +48,27 @@ class Side:
         current: AbstractContextManager[Any] = self.cuda.Device(self.number)
         return current
 
+    def check(self, rows: Any, device: str, rank: int) -> None:
+        """Raise InvalidInput where a rank's arrays are not CuPy's, or on another device. device: as `cuda:0`."""
+        if not isinstance(rows, self.device.xp.ndarray):
+            raise InvalidInput(
+                f"keys is {describe(rows)}, and this ring carries CuPy's arrays alone: use a ring of their own "
+                "framework, or backend='cupy' for those that lie on a GPU."
+            )
+        if device.partition(":")[2] not in ("", str(self.number)):
+            raise InvalidInput(
+                f"keys are on {device}, and rank {rank} of this ring is on cuda:{self.number}: "
+                f"make its arrays under cupy.cuda.Device({self.number})."
+            )
+
+    def current(self) -> Any:
+        """The stream that computes."""
+        return self.cuda.get_current_stream()
+
     def computed(self) -> Any:
         """An event behind everything that this thread has computed so far."""
         event = self.cuda.Event(disable_timing=True)
-        event.record(self.cuda.get_current_stream())
+        event.record(self.current())
         return event
 
     def behind(self) -> None:
@@ -64,8 +79,15 @@ class Side:
         event.record(self.stream)
         return event
 
+    def ended(self, event: Any) -> bool:
+        """Whether the device has come to it. Raises KernelFault where it has failed, and never will."""
+        status = self.cuda.runtime.eventQuery(event.ptr)  # an event's own `done` takes a failure for a no
+        if status not in (0, NOT_READY):
+            raise KernelFault(f"the device failed before a hop or a sum had ended: CUDA's error {status}.")
+        return bool(status == 0)
+
     def before(self, event: Any) -> None:
-        self.cuda.get_current_stream().wait_event(event)
+        self.current().wait_event(event)
 
 
 class Parcel:
@@ -75,7 +97,7 @@ class Parcel:
     """
 
     def __init__(self, side: Side, arrays: Sequence[Any], into: Sequence[Any] | None) -> None:
-        xp, self.side = side.device.xp, side
+        xp, self.side, self.made_on = side.device.xp, side, side.current()
         if into is None:
             into = [xp.empty(array.shape, array.dtype) for array in arrays]
         self.into = tuple(into)
@@ -94,6 +116,8 @@ class Parcel:
         for here, there in zip(self.into, self.incoming, strict=True):
             if here is not there:
                 here[...] = there
+        if self.made_on != self.side.current():  # it has changed since, and the pool hands out by the old one
+            self.made_on.wait_event(self.side.computed())
         return self.into
 
     def _places(self, arrays: Sequence[Any]) -> list[tuple[int, int]]:

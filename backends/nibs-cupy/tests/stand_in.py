@@ -32,7 +32,7 @@ import numpy as np
 
 from nibs_cupy.device import Host
 
-__all__ = ["Fault", "NcclError", "Place", "where_am_i"]
+__all__ = ["CudaError", "Fault", "NcclError", "Place", "Stream", "where_am_i"]
 
 
 class Fault(Exception):
@@ -51,7 +51,7 @@ class Place:
     """A machine with `devices` GPUs, as far as rings see one.
 
     patience: seconds that a stream waits for a peer. strict: every copy is behind a new event of each stream that
-    computes; not where ranks compute on one and the same.
+    computes; not where ranks compute on one and the same. failed: CUDA's error, from when there is one.
     """
 
     def __init__(self, devices: int, clock: str = "latest", patience: float = 20.0, strict: bool = True) -> None:
@@ -64,6 +64,8 @@ class Place:
         self.computing = list(self.nulls)
         self.befriended: set[tuple[int, int]] = set()
         self.groups: list[Group] = []
+        self.events: dict[int, Event] = {}
+        self.failed = 0
         self.peer_copies = 0
         place = self
         nccl = SimpleNamespace(
@@ -75,6 +77,7 @@ class Place:
         )
         runtime = SimpleNamespace(
             CUDARuntimeError=CudaError,
+            eventQuery=self._query,
             getDeviceCount=lambda: devices,
             memcpyPeerAsync=self._copy,
             deviceCanAccessPeer=lambda device, peerDevice: 1,
@@ -128,6 +131,9 @@ class Place:
                 if len(channel.sent) != len(channel.received):
                     sent, received = len(channel.sent), len(channel.received)
                     raise Fault(f"rank {source} sent {sent} messages to rank {to}, which received {received}.")
+
+    def _query(self, event: int) -> int:
+        return self.failed or (0 if self.events[event].done else 600)
 
     # -- copies from device to device ----------------------------------------------------------------
 
@@ -237,7 +243,8 @@ class Event:
     """A place in a stream's order."""
 
     def __init__(self, place: Place) -> None:
-        self.place, self.made_on = place, place.device
+        self.place, self.made_on, self.ptr = place, place.device, next(place.numbers)
+        place.events[self.ptr] = self
         self.stream: Stream | None = None
         self.position, self.asked = 0, 0
         self.behind: dict[Stream, int] = {}

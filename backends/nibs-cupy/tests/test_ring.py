@@ -6,10 +6,12 @@ must be found.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from stand_in import NcclError, Place
+from stand_in import CudaError, NcclError, Place, Stream
 
 import nibs
-import nibs_cupy.backend
 import nibs_cupy.devices
 import nibs_cupy.ring
 import nibs_cupy.side
@@ -32,7 +33,7 @@ from nibs.errors import BackendUnavailable, InvalidInput, RingError
 from nibs.registry import registry
 from nibs.threads import run_ranks, thread_rings
 from nibs_conformance.worlds import ThreadWorld, resolve
-from nibs_cupy.device import Cuda, Host
+from nibs_cupy.device import Cuda, Host, KernelFault
 from nibs_cupy.devices import device_rings
 from nibs_cupy.plugin import COMMUNICATORS, capabilities
 from nibs_cupy.ring import Ring, as_ring
@@ -337,6 +338,88 @@ def test_several_hops_may_be_under_way_and_a_wait_may_be_repeated(host, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_hop_that_is_waited_for_on_another_stream_gives_its_memory_back_behind_both(host, kind):
+    place = Place(2, strict=False)
+
+    def rank(ring: Any) -> Any:
+        posted_on = place.current
+        hop = ring.shift(np.ones((3, 4))[:, ::2])
+        place.computing_on(ring.rank)
+        hop.wait()
+        return [stream.device_id for stream in posted_on.behind if not stream.computes]
+
+    behind = on_devices(place, host, 2, kind, rank)
+
+    assert [sorted(numbers) for numbers in behind] == ([[0], [1]] if kind == "nccl" else [[0, 1], [0, 1]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_are_held_until_their_hop_has_come_to_its_end(host, kind):
+    def rank(ring: Any) -> Any:
+        arrays = np.ones(3), np.ones(3)
+        alive = [weakref.ref(array) for array in arrays]
+        hop = ring.shift(arrays[0], into=[arrays[1]])
+        later = weakref.ref(arrays[0])
+        del arrays
+        if ring.rank == 0:  # and though nobody asks for the hop any more
+            del hop
+            gc.collect()
+            return [one() is not None for one in alive]
+        hop.wait()
+        ring.settle()
+        del hop
+        gc.collect()
+        return later() is not None
+
+    assert on_devices(Place(2), host, 2, kind, rank) == [[True, True], False]
+
+
+def test_nothing_is_under_way_any_more_when_run_raises(host):
+    place = Place(2)
+
+    def rank(ring: Any) -> Any:
+        place.computing_on(ring.rank)
+        ring.shift(np.ones(3))
+        ring.exchange("posted")
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        nibs_cupy.devices.run([0, 1], rank, device=place.words(host))
+    assert place.peer_copies == 2
+    assert all(stream.done == len(stream.work) for stream in place.streams.values())
+
+
+def test_what_a_rank_has_raised_is_told_and_not_what_the_device_says_after_it(host, monkeypatch):
+    def rank(ring: Any) -> Any:
+        raise ArithmeticError
+
+    def fails(stream: Any) -> None:
+        raise CudaError("cudaErrorIllegalAddress")
+
+    monkeypatch.setattr(Stream, "synchronize", fails)
+    with pytest.raises(ArithmeticError):
+        nibs_cupy.devices.run([0, 1], rank, device=Place(2).words(host))
+
+
+def test_shapes_that_do_not_meet_end_both_ranks_of_a_copy(host):
+    def rank(ring: Any) -> Any:
+        return str(attempt(ring.shift(np.ones(2 + ring.rank), into=[np.empty(2)]).wait))
+
+    for said in on_devices(Place(2), host, 2, "devices", rank):
+        assert "rank 0 of 2 expected arrays [((2,), 'float64')] and got [((3,), 'float64')]" in said
+
+
+def test_nothing_gathers_where_only_sums_are_taken(host):
+    # as on a ring of one, whose calls do not settle
+    def rank(ring: Any) -> Any:
+        for _ in range(20):
+            ring.sum(np.ones(2))
+        return len(ring._under_way)
+
+    assert on_devices(Place(1), host, 1, "nccl", rank) == [1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_sum_has_the_same_bits_on_every_rank_and_words_come_whole(host, kind):
     words = "é" * 400
 
@@ -426,7 +509,7 @@ def test_the_names_and_calls_are_cupys_own():
     words = cupy.cuda.runtime.memcpyPeerAsync.__doc__.partition("(")[2].partition(")")[0].split(", ")
     assert [word.split()[-1] for word in words] == list(inspect.signature(place._copy).parameters)
     for kind, mine in ((cupy.cuda.Stream, place.nulls[0]), (cupy.cuda.Event, place.cupy.cuda.Event())):
-        for name in ("record", "wait_event", "synchronize", "done"):
+        for name in ("record", "wait_event", "synchronize"):
             assert hasattr(kind, name) or not hasattr(mine, name)
 
 
@@ -453,6 +536,13 @@ def test_a_peer_that_never_posts_ends_the_ring_within_its_timeout(host, connects
     assert "its communicator was aborted" in str(attempt(lambda: as_ring(mine, place.words(host))))
 
 
+def test_words_that_a_peer_never_says_are_waited_for_no_longer_than_the_timeout(host):
+    place = Place(2, patience=0.05)
+    ring = Ring(place.communicators([0, 1])[0], 0.2, place.words(host))
+
+    assert "a hop or a sum did not end" in str(attempt(lambda: ring.exchange("here")))
+
+
 def test_a_hop_that_does_not_end_shows_in_the_next_wait(host):
     place = Place(2, patience=0.05)
     ring = Ring(place.communicators([0, 1], connects=False)[0], 0.2, place.words(host))
@@ -460,6 +550,29 @@ def test_a_hop_that_does_not_end_shows_in_the_next_wait(host):
     first.wait()
 
     assert "a hop or a sum did not end" in str(attempt(second.wait))
+
+    with pytest.raises(RingError, match="this ring is dead"):
+        second.wait()
+
+
+def test_arrays_of_a_call_that_does_not_return_are_held(host):
+    place = Place(2, patience=0.1)
+    mine, _ = place.communicators([0, 1])
+    abort, mine.abort = mine.abort, lambda: None  # type: ignore[method-assign]
+
+    def left_behind() -> Any:
+        ring, sent = Ring(mine, 0.1, place.words(host)), np.ones(3)
+        attempt(lambda: ring.shift(sent))
+        return weakref.ref(sent)
+
+    alive = left_behind()
+    gc.collect()
+    assert alive() is not None
+
+    (caller,) = [thread for thread in threading.enumerate() if thread.name == "NCCL's calls"][-1:]
+    abort()
+    caller.join(20)
+    assert alive() is None
 
 
 def test_what_nccl_reports_by_itself_ends_the_ring(host):
@@ -471,6 +584,16 @@ def test_what_nccl_reports_by_itself_ends_the_ring(host):
     hop.wait()
 
     assert "network error" in str(attempt(ring.settle))
+
+
+def test_a_device_that_fails_is_told_at_once_and_not_taken_for_a_lost_peer(host):
+    place = Place(2, patience=0.05)
+    ring = Ring(place.communicators([0, 1], connects=False)[0], 20.0, place.words(host))
+    ring.shift(np.ones(3)).wait()
+    place.failed = 700
+
+    with pytest.raises(KernelFault, match=r"the device failed .* CUDA's error 700"):
+        ring.settle()
 
 
 def test_a_call_that_nccl_refuses_ends_the_ring(host):
@@ -508,22 +631,30 @@ def test_a_peer_lost_in_the_very_last_hop_is_told_before_the_call_returns(host, 
     assert isinstance(left, RingError), left
 
 
-def test_arrays_of_another_device_are_told_to_all_ranks(host, serve, monkeypatch):
-    name = serve(host)
-    told = nibs_cupy.side.check_device
-    monkeypatch.setattr(
-        nibs_cupy.backend, "check_device", lambda ring, device: told(ring, ("cuda:0", "cuda:7")[ring.rank])
-    )
+def test_arrays_of_another_device_are_told_to_all_ranks(host, monkeypatch):
+    told, devices = nibs_cupy.side.Side.check, ("cuda:0", "cuda:7")
+    monkeypatch.setattr(nibs_cupy.side.Side, "check", lambda self, rows, _, rank: told(self, rows, devices[rank], rank))
 
     def rank(ring: Any) -> Any:
-        return attempt(lambda: nibs.contrastive_loss(*both(ring.rank), ring=ring, backend=name))
+        return attempt(lambda: nibs.contrastive_loss(*both(ring.rank), ring=ring)), ring.dead
 
-    here, there = on_devices(Place(2), host, 2, "nccl", rank, errors=True)
+    (here, _), (there, dead) = on_devices(Place(2), host, 2, "nccl", rank)
 
-    assert isinstance(there, InvalidInput) and "queries are on cuda:7, and rank 1 of this ring is on cuda:1" in str(
-        there
-    )
+    assert isinstance(there, InvalidInput) and dead is None
+    assert "keys are on cuda:7, and rank 1 of this ring is on cuda:1" in str(there)
     assert isinstance(here, RingError) and "rank 1 of 2 cannot take part: InvalidInput" in str(here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_of_another_framework_are_refused_and_the_ring_lives(host, kind):
+    torch = pytest.importorskip("torch")
+
+    def rank(ring: Any) -> Any:
+        return attempt(lambda: nibs.contrastive_loss(*map(torch.tensor, both(ring.rank)), ring=ring)), ring.dead
+
+    for error, dead in on_devices(Place(2), host, 2, kind, rank):
+        assert isinstance(error, InvalidInput) and dead is None
+        assert "(torch.Tensor)" in str(error) and "carries CuPy's arrays alone" in str(error)
 
 
 def test_threads_that_order_no_streams_are_refused_on_gpus_alone(host):
@@ -531,18 +662,19 @@ def test_threads_that_order_no_streams_are_refused_on_gpus_alone(host):
     (other,) = device_rings([0], device=Place(1).words(host))
 
     with pytest.raises(InvalidInput, match=r"use nibs_cupy\.devices\.run\(\[0\] \* 1, function\)"):
-        nibs_cupy.side.check_device(ring, "cuda:0")
-    nibs_cupy.side.check_device(ring, "cpu")
-    nibs_cupy.side.check_device(other, "cuda:0")
-    nibs_cupy.side.check_device(None, "cuda:0")
+        nibs_cupy.side.check_streams(ring, "cuda:0")
+    nibs_cupy.side.check_streams(ring, "cpu")
+    nibs_cupy.side.check_streams(other, "cuda:0")
+    nibs_cupy.side.check_streams(None, "cuda:0")
 
 
 def test_no_thread_outlives_its_ring(host):
     place = Place(1)
-    names = [thread.name for thread in threading.enumerate()]
+    before = set(threading.enumerate())
     ring = Ring(place.communicators([0])[0], device=place.words(host))
-    (mine,) = [thread for thread in threading.enumerate() if thread.name == "NCCL's calls"][-1:]
-    assert "NCCL's calls" not in names or mine.is_alive()
+    (mine,) = set(threading.enumerate()) - before
+    ring.sum(np.ones(2))
+    assert mine.is_alive()
     del ring
 
     mine.join(20)
