@@ -25,6 +25,7 @@ OBJECTIVES = [
     nibs.Sigmoid(),
 ]
 N, M, D = 90, 110, 24
+HAS_TILES = precision._has_tiles.__wrapped__  # as it is, not as the tests set it
 
 
 class Rounded(tiles.TorchTiles):
@@ -143,6 +144,18 @@ def test_other_dtypes_and_processors_do_without(monkeypatch):
     assert not precision.narrows("float32", "cpu") and not precision.narrows("float16", "cpu")
     monkeypatch.setattr(precision, "_has_tiles", lambda: False)
     assert not precision.narrows("bfloat16", "cpu")
+
+
+WRONG = {"bfloat16 results": lambda out: out.bfloat16().float(), "NaN": lambda out: out * float("nan")}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_a_processor_whose_products_are_not_exact_is_not_trusted(monkeypatch, wrong):
+    addmm = torch.addmm
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    assert HAS_TILES()
+    monkeypatch.setattr(torch, "addmm", lambda *factors: wrong(addmm(*factors)))
+    assert not HAS_TILES()
 
 
 @pytest.mark.parametrize("wanted", ["default", "high", "highest"])
