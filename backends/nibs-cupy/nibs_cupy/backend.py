@@ -82,7 +82,7 @@ class CupyBackend(Backend):
         if self.kernels == "general":
             return None
         precision = self._precision(request.precision)
-        if why_not(request.dtype, precision, request.objective, stats=request.stats) is not None:
+        if why_not(request.dtype, precision, request.objective) is not None:
             return None
         return "ampere" if request.dtype == "float32" else self.kernels  # no wgmma takes tf32 three times
 
@@ -120,6 +120,8 @@ class CupyBackend(Backend):
         if isinstance(values, xp.ndarray):
             return values
         if isinstance(values, (np.ndarray, np.generic)):
+            return xp.asarray(values)
+        if not hasattr(values, "__dlpack__") and hasattr(values, "__cuda_array_interface__"):
             return xp.asarray(values)
         if dtype_name(values) != "bfloat16":
             return xp.from_dlpack(values)

@@ -122,6 +122,7 @@ class Cuda:
             )
         self.xp = self.cupy = cupy
         self._modules: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[str, str, str], Any] = {}
         self._lock = threading.Lock()
 
     def address(self, array: Any) -> int:
@@ -142,7 +143,9 @@ class Cuda:
             key = file, arch or own
             if key not in self._modules:
                 self._modules[key] = self.cupy.RawModule(path=str(self._compiled(*key)))
-            function = self._modules[key].get_function(name)  # CuPy loads it once for each device
+            if (*key, name) not in self._functions:
+                self._functions[(*key, name)] = self._modules[key].get_function(name)
+            function = self._functions[(*key, name)]  # which CuPy loads once for each device
 
         def launch(grid: Any, threads: Any, arguments: Any, shared: int = 0) -> None:
             blocks = grid if isinstance(grid, tuple) else (grid,)

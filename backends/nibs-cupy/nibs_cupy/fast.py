@@ -54,7 +54,8 @@ FOLD_ARGS = _struct("part", "own", "shift", "mark", "out_shift", "out_mass", "le
 SUM_ARGS = _struct("part", "out", "length", "steps")
 LSE_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", *_PAIRS),
-    *("row_part", "column_part", "row_shift", "column_shift", "shift", "mark", "row_tiles", "column_tiles", "positive"),
+    *("row_part", "column_part", "row_shift", "column_shift", "shift", "mark", "row_tiles", "column_tiles"),
+    *("positive", "facts"),
 )
 WEIGHTS_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", *_PAIRS),
@@ -63,7 +64,7 @@ WEIGHTS_ARGS = _struct(
 )
 SIGMOID_ARGS = _struct(
     *("queries", "keys", "slabs", "scale", "bias", *_PAIRS),
-    *("factor", "loss_part", "weight_part", "positive", "g", "pitch", "lift", "product_part"),
+    *("factor", "loss_part", "weight_part", "positive", "g", "pitch", "lift", "product_part", "facts", "column_tiles"),
 )
 
 
@@ -124,7 +125,7 @@ class Pairs:
     diagonal: int | None = None
 
 
-def why_not(dtype: str, precision: str, objective: Objective, *, stats: bool) -> str | None:
+def why_not(dtype: str, precision: str, objective: Objective) -> str | None:
     """Why the fast kernels do not take a call, or None if they do."""
     if (dtype, precision) not in FORMATS:
         return f"{dtype} at precision={precision!r} has no tensor-core kernel"
@@ -132,7 +133,6 @@ def why_not(dtype: str, precision: str, objective: Objective, *, stats: bool) ->
         (objective.same_id == "positive", "several positives"),
         (getattr(objective, "false_negative_margin", None) is not None, "a margin"),
         (getattr(objective, "label_smoothing", 0.0) > 0, "label smoothing"),
-        (stats, "stats=True"),
     ):
         if flag:
             return f"{what} is for the general kernels"
@@ -176,11 +176,20 @@ class FastKernels:
     # -- InfoNCE ----------------------------------------------------------------------------------
 
     def lse(
-        self, queries: Panels, keys: Panels, scale: Any, pairs: Pairs, *, rows: bool = True, columns: bool = True
-    ) -> tuple[Any, Any, Any, Any, Any]:
+        self,
+        queries: Panels,
+        keys: Panels,
+        scale: Any,
+        pairs: Pairs,
+        *,
+        rows: bool = True,
+        columns: bool = True,
+        facts: bool = False,
+    ) -> tuple[Any, ...]:
         """`(row shift, row mass, column shift, column mass, positive)`; a side that is not wanted is None.
 
-        scale: one float32 on the device. positive `[r]`: logits of designated pairs, 0 elsewhere.
+        scale: one float32 on the device. positive `[r]`: logits of designated pairs, 0 elsewhere. facts: three more,
+        each `[r]`: sum and count of allowed logits, and the largest that is not designated.
         """
         r, c, family = queries.rows, keys.rows, self.family
         down, across = -(-r // family.height), -(-c // family.width)
@@ -195,6 +204,7 @@ class FastKernels:
         ):
             args[name] = self.device.address(value)
         args["row_tiles"], args["column_tiles"] = down, across
+        found = self._facts(args, across, r) if facts else None
         self._tiles("lse", args)
         self._tiles("redo", args)
         out: list[Any] = []
@@ -214,7 +224,7 @@ class FastKernels:
             for name, number in numbers:
                 fold[name] = number
             self._over(length, FOLD_THREADS, "fold.cu", "nibs_fold_lse", fold)
-        return (*out, positive)
+        return (*out, positive, *self._folded_facts(found))
 
     def weights(
         self,
@@ -258,11 +268,12 @@ class FastKernels:
         *,
         grad: bool = True,
         products: bool = False,
-    ) -> tuple[Any, Any, Any, Any, Any]:
+        facts: bool = False,
+    ) -> tuple[Any, ...]:
         """`(loss, weight, positive, g, product)`: row sums of softplus, and of g; g `[r, c]` times `lift`, if `grad`.
 
         factor `[r]`: weight of each row in g (not in the loss), None for 1. product: as of `weights`; only the
-        ampere family has it.
+        ampere family has it. facts: three more, as of `lse`.
         """
         assert not products or self.family.name == "ampere"
         across = -(-keys.rows // self.family.width)
@@ -275,15 +286,32 @@ class FastKernels:
         for name, value in (*given, ("positive", positive), ("product_part", parts)):
             args[name] = self.device.address(value)
         g = self._output(args, r, keys.rows, lift) if grad else None
+        found = self._facts(args, across, r) if facts else None
         self._tiles("sigmoid", args)
-        sums = []
-        for part in (loss_part, weight_part):
-            sums.append(self._floats(r))
-            fold = np.zeros(1, SUM_ARGS)
-            fold["part"], fold["out"] = self.device.address(part), self.device.address(sums[-1])
-            fold["length"], fold["steps"] = r, across
-            self._over(r, FOLD_THREADS, "fold.cu", "nibs_fold_sum", fold)
-        return sums[0], sums[1], positive, g, parts
+        loss, weight = (self._folded("sum", part) for part in (loss_part, weight_part))
+        return loss, weight, positive, g, parts, *self._folded_facts(found)
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _facts(self, args: Any, across: int, r: int) -> Any:
+        """Room for the kernel's `facts`, `[3, across, r]`."""
+        facts = self._floats(3, across, r)
+        args["facts"], args["column_tiles"] = self.device.address(facts), across
+        return facts
+
+    def _folded_facts(self, facts: Any) -> list[Any]:
+        if facts is None:
+            return []
+        return [self._folded(how, part) for how, part in zip(("sum", "sum", "max"), facts, strict=True)]
+
+    def _folded(self, how: str, part: Any) -> Any:
+        """`[steps, r]` to `[r]`."""
+        steps, r = part.shape
+        out, fold = self._floats(r), np.zeros(1, SUM_ARGS)
+        fold["part"], fold["out"] = self.device.address(part), self.device.address(out)
+        fold["length"], fold["steps"] = r, steps
+        self._over(r, FOLD_THREADS, "fold.cu", f"nibs_fold_{how}", fold)
+        return out
 
     # -- launches ---------------------------------------------------------------------------------
 

@@ -35,16 +35,21 @@ class FastTiles(CupyTiles):
         self.summing = self.fast if family == "ampere" else FastKernels(device, format, "ampere")
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
+        pairs = self._pairs(tile, problem)
         if not problem.softmax:
-            kept = self._fast_sigmoid(tile, problem, tile.anchor_weights, grad=keep)
-            return Lse(mass=kept[0], positive_sum=kept[2]), Lse(), kept if keep else None
+            lift, found = self._fast_sigmoid(tile, problem, pairs, tile.anchor_weights, grad=keep)
+            loss, _, positive, _, _, *facts = found
+            kept = (lift, found[:5]) if keep else None
+            return self._rows(tile, pairs, positive, facts, mass=loss), Lse(), kept
         queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
-        row_shift, row_mass, column_shift, column_mass, positive = self.fast.lse(
-            *(queries, keys, self._one(problem.scale), self._pairs(tile, problem)),
+        row_shift, row_mass, column_shift, column_mass, positive, *facts = self.fast.lse(
+            *(queries, keys, self._one(problem.scale), pairs),
             rows=problem.rows,
             columns=problem.columns,
+            facts=problem.stats,
         )
-        return Lse(row_mass, row_shift, positive_sum=positive), Lse(column_mass, column_shift), None
+        rows = self._rows(tile, pairs, positive, facts, mass=row_mass, shift=row_shift)
+        return rows, Lse(column_mass, column_shift), None
 
     def tile_grad(
         self,
@@ -67,8 +72,8 @@ class FastTiles(CupyTiles):
             )
         else:
             assert rows is not None
-            found = kept or self._fast_sigmoid(tile, problem, rows.factor, grad=True)
-            _, weight, _, g, products, lift = found
+            lift, found = kept or self._fast_sigmoid(tile, problem, self._pairs(tile, problem), rows.factor, grad=True)
+            _, weight, _, g, products, *_ = found
         share = lift if self.dtype in LIFT else None
         g = g.view(DTYPES[self.dtype])
         if into is not None:
@@ -78,19 +83,41 @@ class FastTiles(CupyTiles):
         product = None if products is None else self.total(products.ravel())
         return product, self.total(weight) if problem.total_weight else None
 
-    def _fast_sigmoid(self, tile: Tile, problem: Problem, factor: Any, *, grad: bool) -> Any:
-        """`(loss, weight, positive, g, products, lift)`; factor `[r]`: of each row, in all but the first and third."""
+    def _fast_sigmoid(self, tile: Tile, problem: Problem, pairs: Pairs, factor: Any, *, grad: bool) -> tuple[Any, Any]:
+        """The lift, and what the kernel gives; factor `[r]`: of each row, in all but the loss and the positives."""
         kernels = self.summing if grad and problem.total_product else self.fast
         queries, keys = self._packed(tile.queries, kernels), self._packed(tile.keys, kernels)
         scalars = self._one(problem.scale), self._one(problem.bias)
         factor = self.xp.ascontiguousarray(self.cast(factor))
         lift = self._lift(factor)
         found = kernels.sigmoid(
-            *(queries, keys, *scalars, self._pairs(tile, problem), factor, lift),
+            *(queries, keys, *scalars, pairs, factor, lift),
             grad=grad,
             products=grad and problem.total_product,
+            facts=problem.stats,
         )
-        return *found, lift
+        return lift, found
+
+    def _rows(self, tile: Tile, pairs: Pairs, positive: Any, facts: list[Any], **sums: Any) -> Lse:
+        """Statistics of the tile's rows; facts: what `stats=True` asks for, or none."""
+        if not facts:
+            return Lse(positive_sum=positive, **sums)
+        xp, lowest = self.xp, self.scalar(-np.inf)
+        here = xp.zeros(len(positive), bool)
+        if pairs.target is not None:
+            here = (pairs.target >= 0) & (pairs.target < tile.keys.shape[0])
+        # A designated pair that is not allowed is no positive, and adds nothing.
+        positive = xp.where(positive == lowest, self.scalar(0.0), positive)
+        largest = xp.where(here, positive, lowest)
+        total, count, negative = facts
+        return Lse(
+            **sums,
+            positive_sum=positive,
+            allowed_sum=total,
+            allowed_count=count,
+            positive_max=largest,
+            negative_max=negative,
+        )
 
     # -- operands ---------------------------------------------------------------------------------
 

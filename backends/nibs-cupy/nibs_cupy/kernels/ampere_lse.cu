@@ -21,6 +21,7 @@ struct LseArgs {
     Pairs pairs;
     Parts parts;
     float* positive;
+    float* facts;  // of row_facts, or null
 };
 
 template <class Format, bool REDO>
@@ -38,6 +39,8 @@ NIBS_DEVICE void lse(const LseArgs& args, u8* shared) {
     float* scratch = reinterpret_cast<float*>(shared);
     if constexpr (REDO) own_statistics(s, args.pairs, args.parts, place, scratch);
     else statistics(s, args.pairs, args.parts, place, scratch);
+    if (!REDO && args.facts)
+        row_facts(s, args.pairs, args.facts, args.parts.column_tiles, place, scratch, [](float logit) { return logit; });
 }
 
 }  // namespace nibs

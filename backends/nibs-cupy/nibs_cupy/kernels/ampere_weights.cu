@@ -35,6 +35,9 @@ NIBS_DEVICE void sigmoid_tile(const SigmoidArgs& args, u8* shared) {
     const float scale = not_zero(*args.scale), bias = *args.bias;
     leave_out(s, forbidden(scale), args.pairs, place);
     each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = fmaf(value, scale, bias), value; });
+    if (args.facts)
+        row_facts(s, args.pairs, args.facts, args.column_tiles, place, reinterpret_cast<float*>(shared),
+                  [&](float product) { return fmaf(product, scale, bias); });
     sigmoid<true>(s, args.pairs, args.factor, scale, bias, args.out.g ? *args.out.lift : 1.0f, args.loss_part, args.weight_part,
             args.out.product_part, place, reinterpret_cast<float*>(shared));
     if (args.out.g) store<Format>(s, args.pairs, args.out, place);

@@ -2,6 +2,7 @@
 //
 //     nibs_fold_lse     part, own [steps, length], shift and mark of each tile -> shift, mass [length], natural
 //     nibs_fold_sum     part [steps, length] -> out [length], summed in double
+//     nibs_fold_max     part [steps, length] -> out [length], the largest
 //
 // length: rows (or columns); steps: tiles along the other side. A row's tile at step t is
 // `row / tile * base + t * step` in the arrays of tiles. A part is a sum of exp2(s LOG2E - shift), with the tile's shift
@@ -84,4 +85,12 @@ NIBS_KERNEL(nibs_fold_sum, SumArgs, 128) {
     double total = 0.0;
     for (i64 t = 0; t < args.steps; t++) total += (double)args.part[t * args.length + row];
     args.out[row] = (float)total;
+}
+
+NIBS_KERNEL(nibs_fold_max, SumArgs, 128) {
+    const i64 row = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= args.length) return;
+    float top = -range<float>::infinity();
+    for (i64 t = 0; t < args.steps; t++) top = fmaxf(top, args.part[t * args.length + row]);
+    args.out[row] = top;
 }

@@ -34,6 +34,8 @@ NIBS_DEVICE void sigmoid_tiles(const SigmoidArgs& args, u8* shared) {
         const float scale = not_zero(*args.scale), bias = *args.bias, lift = args.out.g ? *args.out.lift : 1.0f;  // a register less each
         leave_out(s, forbidden(scale), args.pairs, place);
         each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = fmaf(value, scale, bias), value; });
+        if (args.facts)
+            row_facts(s, args.pairs, args.facts, args.column_tiles, place, scratch, [&](float product) { return fmaf(product, scale, bias); });
         sigmoid<false>(s, args.pairs, args.factor, scale, bias, lift, args.loss_part, args.weight_part, args.out.product_part, place, scratch);
         if (args.out.g) store<Format>(s, args.pairs, args.out, place);
     });

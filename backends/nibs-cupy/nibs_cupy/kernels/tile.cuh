@@ -392,6 +392,45 @@ NIBS_DEVICE void own_statistics(float (&s)[MF * NF * 4], const Pairs& pairs, con
     }
 }
 
+// What stats=True asks of each row: facts [3, column tiles, rows] are sums and counts of allowed logits, and the largest
+// negative one. Made from what leave_out left, `logit` turning it into logits; designated pairs are the positives.
+template <int MF, int NF, int WM, int WN, class Logit>
+NIBS_DEVICE void row_facts(float (&s)[MF * NF * 4], const Pairs& pairs, float* facts, i64 column_tiles, const Place<MF, NF, WM, WN>& place,
+                           float* scratch, Logit logit) {
+    typedef Place<MF, NF, WM, WN> Where;
+    constexpr int STRIP = WN * Where::HEIGHT;
+    float* strips = place.of_rows(scratch);
+    place.group.meet_all();  // the strips have been read
+    NIBS_UNROLL
+    for (int m = 0; m < MF; m++) {
+        NIBS_UNROLL
+        for (int h = 0; h < 2; h++) {
+            const i64 from = pairs.designated(place.row(m, h)) - place.column(0, 0);
+            const int positive = from >= 0 && from < NF * 8 ? (int)from : -1;
+            float sum = 0.0f, count = 0.0f, top = minus_infinity();
+            NIBS_UNROLL
+            for (int k = 0; k < NF * 2; k++) {
+                const float value = logit(s[(m * NF + k / 2) * 4 + 2 * h + k % 2]);
+                const bool out = value == minus_infinity();
+                sum += out ? 0.0f : value;
+                count += out ? 0.0f : 1.0f;
+                top = positive == k / 2 * 8 + k % 2 ? top : fmaxf(top, value);
+            }
+            row_to_scratch<Add>(sum, 2 * m + h, place, strips);
+            row_to_scratch<Add>(count, 2 * m + h, place, strips + STRIP);
+            row_to_scratch<Larger>(top, 2 * m + h, place, strips + 2 * STRIP);
+        }
+    }
+    place.group.meet_all();
+    for (int at = place.group.thread; at < Where::HEIGHT; at += place.group.threads) {
+        const i64 i = place.first_row() + at, to = place.tile_column * pairs.rows + i, all = column_tiles * pairs.rows;
+        if (i >= pairs.rows) break;
+        facts[to] = from_strips<Add>(strips, at, Where::HEIGHT, WN);
+        facts[all + to] = from_strips<Add>(strips + STRIP, at, Where::HEIGHT, WN);
+        facts[2 * all + to] = from_strips<Larger>(strips + 2 * STRIP, at, Where::HEIGHT, WN);
+    }
+}
+
 // -- gradient weights ---------------------------------------------------------------------------------
 
 // Of one side, each [rows] or [columns]; factor null: no such side. As nibs.verbs.Weights, whose shifts are natural.
@@ -421,7 +460,8 @@ struct WeightsArgs {
     Output out;
 };
 
-// bias: one float. factor [rows], or null: 1. loss_part, weight_part: see tile.cuh. g null: only the loss.
+// bias: one float. factor [rows], or null: 1. loss_part, weight_part: see `sigmoid`. g null: only the loss. facts: of
+// row_facts, or null.
 struct SigmoidArgs {
     const u8* queries;
     const u8* keys;
@@ -434,6 +474,8 @@ struct SigmoidArgs {
     float* weight_part;
     float* positive;
     Output out;
+    float* facts;
+    i64 column_tiles;
 };
 
 // Kernels that keep products and not logits must keep forbidden pairs at -infinity of the logit, whatever the scale's sign;
