@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,29 @@ def test_a_backward_settles_what_it_has_posted(backend: str) -> None:
 
     for events in run(2, rank):
         assert "shift" in events and events[-1] == "settled"
+
+
+def test_gradients_go_to_where_their_inputs_lie_once_the_ring_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    # scale may lie on the CPU beside a batch on a GPU
+    from ring_jobs import shard
+
+    import nibs_torch.backend
+    from nibs.threads import run
+
+    mine, as_inputs = threading.local(), nibs_torch.backend.Gradients
+
+    def rank(ring: Any) -> list[str]:
+        mine.events = []
+        ring.settle = lambda: mine.events.append("settled")
+        nibs.contrastive_loss_and_grad(*shard(ring.rank), ring=ring)
+        return mine.events
+
+    def home(**found: Any) -> Any:
+        mine.events.append("home")
+        return as_inputs(**found)
+
+    monkeypatch.setattr(nibs_torch.backend, "Gradients", home)
+    assert run(2, rank) == [["settled", "home", "settled"]] * 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "numpy"])

@@ -250,6 +250,7 @@ def _as_inputs(gradients: Gradients, request: Request) -> Gradients:
     """Each gradient in its input's own dtype and place: under autocast the two sides may differ in dtype, and
     scale and bias may lie on the CPU beside a batch on a GPU.
     """
+    (request.ring or SOLO).settle()  # a copy to the CPU would wait for a lost peer for ever
     found: dict[str, Any] = {}
     for name in WRT:
         gradient, given = getattr(gradients, name), getattr(request, name)
