@@ -347,6 +347,7 @@ NIBS_DEVICE void own_statistics(float (&s)[MF * NF * 4], const Pairs& pairs, con
     constexpr int EACH = MF * AT_ONCE * 4;
     const auto row_of = [](int k) { return k / (AT_ONCE * 4) * 2 + (k >> 1 & 1); };
     const auto column_of = [](int k) { return k % (AT_ONCE * 4) / 4 * 2 + (k & 1); };
+    place.group.meet_all();  // the strips have been read, of the tile before: wgmma is no barrier to a warpgroup
     fill(rows, minus_infinity());
     NIBS_UNROLL
     for (int n = 0; n < NF; n += AT_ONCE) {
