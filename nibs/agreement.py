@@ -18,6 +18,7 @@ from nibs.arrays import dtype_name
 from nibs.errors import RingError
 from nibs.request import WRT, Request
 from nibs.ring import WORDS, Ring
+from nibs.verbs import lying
 
 __all__ = ["Shards", "agree", "joining"]
 
@@ -83,7 +84,7 @@ def agree(ring: Ring, request: Request, scale: Any, bias: Any, *, grad: bool) ->
     request's `wrt`. Raises RingError, on every rank, where the ranks disagree; and where one has refused,
     naming it. InvalidInput where the ring does not carry this rank's rows.
     """
-    ring.check(request.keys, request.device)
+    ring.check(lying(request.keys), request.device)
     if ring.size == 1:
         return Shards((request.n,), (request.m,), request.key_mask is not None, request.weights is not None)
     mine = {

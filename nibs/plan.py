@@ -357,8 +357,10 @@ def _cost(job: Job, hint: TileHint, rows: int, columns: int, sweep: Sweep) -> Pl
         operands += max(rows, columns) * d * a
     away = job.streams and device_kind(job.device) != "cpu"
     if away:
-        # Strips on their way to the device, two for each side in turn; on a ring those of a gradient, too.
-        operands += 2 * (rows + columns) * d * b + (2 * max(rows, columns) * d * a if size > 1 and gradients else 0)
+        # Strips on their way to the device, two for each side in turn.
+        operands += 2 * (rows + columns) * d * b
+        if size > 1:  # of the keys that visit beside those at home, and of a gradient that is scaled
+            operands += 2 * columns * d * b + (2 * max(rows, columns) * d * a if gradients else 0)
     # Kept tiles: logits, and for each direction which pairs are allowed.
     each = a + (2 if job.masked else 0)
     kept = {"keep": n * m * each, "strip": (n * columns if job.by_columns else rows * m) * each}.get(sweep, 0)

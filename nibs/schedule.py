@@ -311,7 +311,7 @@ class Call:
             queries = self._operand(request.queries, request.query_mask, i)
             held.update(i=i, queries=queries, scaled=queries * self.scale if problem.fold else queries)
         if held.get("j") != j or held.get("of") is not keys:
-            held.update(keys=None)
+            held.update(keys=None, of=None)  # a visitor that has gone leaves its room to the next
             held.update(j=j, of=keys, keys=self._operand(keys.rows, keys.mask, j))
         tile = Tile(held["queries"], held["scaled"], held["keys"], i.start, j.start, home)
         tile.query_mask = None if request.query_mask is None else request.query_mask[i]
@@ -741,7 +741,10 @@ class Call:
         """Sums over the ring, in one exchange."""
         if self.ring.size == 1:
             return values
-        return tuple(self.ring.sum(self.tiles.xp.stack(list(values))))
+        sums = tuple(self.ring.sum(self.tiles.xp.stack(list(values))))
+        if is_away(self.request.queries) or is_away(self.request.keys):
+            self.ring.settle()  # the host waits for what it fetches and brings home, and must not for a lost peer
+        return sums
 
     # -- stats ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nibs.ring import Ring
-from nibs.verbs import Weights, is_away, like
+from nibs.verbs import Weights, like, lying
 
 __all__ = ["Keys", "Trail", "origin", "rotate"]
 
@@ -29,7 +29,7 @@ class Keys:
         """The arrays that are there, in a fixed order: every rank has the same ones."""
         weights = self.weights or Weights(None)
         every = (
-            self.rows.kept if is_away(self.rows) else self.rows,
+            lying(self.rows),
             self.ids,
             self.mask,
             self.limit,

@@ -149,7 +149,7 @@ class Away(Protocol):
 
     shape: tuple[int, ...]
     kept: Any
-    """The array itself, where it lies: what a ring sends."""
+    """The array itself, where it lies."""
 
     def __getitem__(self, where: Any) -> Any: ...
 
@@ -169,6 +169,11 @@ class Away(Protocol):
 def is_away(rows: Any) -> bool:
     """Whether these rows are an `Away`."""
     return hasattr(rows, "kept")
+
+
+def lying(rows: Any) -> Any:
+    """The array itself, wherever it lies: what a ring carries."""
+    return rows.kept if is_away(rows) else rows
 
 
 def like(rows: Any, array: Any) -> Any:

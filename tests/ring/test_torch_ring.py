@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from ring_worlds import answers
@@ -247,6 +249,93 @@ def test_strips_are_right_whatever_was_guessed(monkeypatch: pytest.MonkeyPatch) 
     fetched = streaming.Fetched(rows, torch.device("cpu"))
     for begin, end in [(0, 4), (4, 8), (8, 12), (0, 4), (8, 12), (8, 12), (0, 4), (2, 5), (5, 8), (0, 12), (0, 12)]:
         assert torch.equal(fetched[begin:end], rows[begin:end])
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Rows on the CPU are fetched as they would be to a GPU; returns the room that is held for it, by thread."""
+    from ring_jobs import Eager
+
+    from nibs_torch import streaming
+
+    room: dict[int, WeakSet[Any]] = defaultdict(WeakSet)
+    most: dict[int, int] = defaultdict(int)
+
+    class Counted(Eager):
+        def order(self, where: slice, turn: int) -> Any:
+            me = threading.get_ident()
+            room[me].add(self)
+            most[me] = max(most[me], len(room[me]))
+            return super().order(where, turn)
+
+    monkeypatch.setattr(streaming, "_here", lambda rows, device: False)
+    monkeypatch.setattr(streaming._Ahead, "of", lambda rows, device: Counted(rows))
+    return most
+
+
+def fetched_in_threads(ring: Any, **options: Any) -> None:
+    from ring_jobs import shard
+
+    queries, keys = shard(ring.rank)
+    made = nibs.plan(len(queries), len(keys), queries.shape[1], ring_size=ring.size, query_tile=2, key_tile=2)
+    nibs.contrastive_loss_and_grad(queries, keys, ring=ring, device="cpu", plan=made, **options)
+
+
+def test_a_ring_is_asked_about_rows_as_they_lie(away: Any) -> None:
+    import torch
+
+    from nibs.threads import run
+
+    def rank(ring: Any) -> list[Any]:
+        asked: list[Any] = []
+        ring.check = lambda rows, device: asked.append(type(rows))
+        fetched_in_threads(ring)
+        return asked
+
+    assert run(2, rank) == [[torch.Tensor]] * 2
+
+
+def test_a_visitor_that_has_gone_leaves_its_room_to_the_next(away: Any) -> None:
+    from nibs.threads import run
+
+    run(4, fetched_in_threads)
+    assert set(away.values()) == {3}  # queries, keys at home, and a visitor
+
+
+def test_nothing_is_fetched_or_brought_home_behind_a_sum_that_has_not_been_settled(
+    away: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # NCCL sums beside gloo's hops: the host would wait for a lost peer for ever
+    import torch
+
+    from nibs.threads import run
+    from nibs_torch.streaming import Fetched
+
+    mine, reads, adds = threading.local(), Fetched.__getitem__, Fetched.add
+
+    def seen(work: Any) -> Any:
+        def call(*given: Any) -> Any:
+            assert mine.last == "settled"
+            mine.times += 1
+            return work(*given)
+
+        return call
+
+    def rank(ring: Any) -> int:
+        mine.last, mine.times, plain = "settled", 0, ring.sum
+
+        def total(value: Any) -> Any:
+            mine.last = "summed"
+            return plain(value)
+
+        ring.sum, ring.settle = total, lambda: setattr(mine, "last", "settled")
+        for objective in (nibs.InfoNCE(), nibs.Sigmoid()):
+            fetched_in_threads(ring, weights=torch.ones(6), objective=objective)
+        return mine.times
+
+    monkeypatch.setattr(Fetched, "__getitem__", seen(reads))
+    monkeypatch.setattr(Fetched, "add", seen(adds))
+    assert min(run(2, rank)) > 0
 
 
 # -- peers that are lost ---------------------------------------------------------------------------
