@@ -742,8 +742,8 @@ class Call:
         if self.ring.size == 1:
             return values
         sums = tuple(self.ring.sum(self.tiles.xp.stack(list(values))))
-        if is_away(self.request.queries) or is_away(self.request.keys):
-            self.ring.settle()  # the host waits for what it fetches and brings home, and must not for a lost peer
+        if not self.fused:
+            self.ring.settle()  # the host looks into plain tiles, fetches and brings home: not behind a lost peer
         return sums
 
     # -- stats ------------------------------------------------------------------------------------

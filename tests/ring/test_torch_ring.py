@@ -123,16 +123,22 @@ def test_gradients_go_to_where_their_inputs_lie_once_the_ring_has_settled(monkey
 
     def rank(ring: Any) -> list[str]:
         mine.events = []
-        ring.settle = lambda: mine.events.append("settled")
-        nibs.contrastive_loss_and_grad(*shard(ring.rank), ring=ring)
-        return mine.events
+        shift = ring.shift
+
+        def posted(*arrays: Any, into: Any = None) -> Any:
+            mine.events.append("shift")
+            return shift(*arrays, into=into)
+
+        ring.shift, ring.settle = posted, lambda: mine.events.append("settled")
+        nibs.contrastive_loss_and_grad(*shard(ring.rank), ring=ring, wrt=("queries", "keys"))
+        return mine.events[-4:]
 
     def home(**found: Any) -> Any:
         mine.events.append("home")
         return as_inputs(**found)
 
     monkeypatch.setattr(nibs_torch.backend, "Gradients", home)
-    assert run(2, rank) == [["settled", "home", "settled"]] * 2
+    assert run(2, rank) == [["shift", "settled", "home", "settled"]] * 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "numpy"])
@@ -302,16 +308,20 @@ def test_a_visitor_that_has_gone_leaves_its_room_to_the_next(away: Any) -> None:
     assert set(away.values()) == {3}  # queries, keys at home, and a visitor
 
 
-def test_nothing_is_fetched_or_brought_home_behind_a_sum_that_has_not_been_settled(
-    away: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["away", "here"])
+def test_the_host_looks_at_nothing_behind_a_sum_that_has_not_been_settled(
+    where: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # NCCL sums beside gloo's hops: the host would wait for a lost peer for ever
+    # It looks into plain tiles, and at rows that it fetches and brings home: it would wait for a lost peer for ever.
     import torch
 
     from nibs.threads import run
     from nibs_torch.streaming import Fetched
+    from nibs_torch.tiles import TorchTiles
 
-    mine, reads, adds = threading.local(), Fetched.__getitem__, Fetched.add
+    if where == "away":
+        request.getfixturevalue("away")
+    mine = threading.local()
 
     def seen(work: Any) -> Any:
         def call(*given: Any) -> Any:
@@ -333,8 +343,8 @@ def test_nothing_is_fetched_or_brought_home_behind_a_sum_that_has_not_been_settl
             fetched_in_threads(ring, weights=torch.ones(6), objective=objective)
         return mine.times
 
-    monkeypatch.setattr(Fetched, "__getitem__", seen(reads))
-    monkeypatch.setattr(Fetched, "add", seen(adds))
+    for place, name in ((Fetched, "__getitem__"), (Fetched, "add"), (TorchTiles, "operand"), (TorchTiles, "tile_grad")):
+        monkeypatch.setattr(place, name, seen(getattr(place, name)))
     assert min(run(2, rank)) > 0
 
 
