@@ -15,7 +15,7 @@ from training_jobs import OBJECTIVES, STEPS, Towers, alone, data, options, reduc
 
 import nibs
 import nibs_torch
-from nibs.errors import RingError
+from nibs.errors import InvalidInput, RingError
 
 
 class Sides(Towers):
@@ -205,6 +205,27 @@ def fail(ring: Any, rank: int, size: int, how: str, when: int, held: bool) -> tu
     same = all(bool((one.grad == 1).all()) if held else one.grad is None for one in plain.parameters())
     step(left, right)  # the ring has not suffered
     return said, same, ring.dead is None
+
+
+def unfit(ring: Any, rank: int, size: int) -> tuple[str, bool]:
+    """Rank 1 has no inputs, where DDP's first forward exchanges buffers: what is said, and whether the ring lives."""
+    plain = sides()
+    plain.register_buffer("steps", torch.zeros(1))
+    model = nn.parallel.DistributedDataParallel(plain)
+    loss = nibs_torch.ContrastiveLoss(ring=ring)
+    step = nibs_torch.DecoupledStep(
+        lambda left: model(left=left), lambda right: model(right=right), loss=loss, micro_batch=2
+    )
+    left, right, _, _ = data(5, 0, torch.float64)
+    said = []
+    for _ in range(2):
+        step(left, right)
+        try:
+            step(left, right if rank == 0 else 5)
+        except (InvalidInput, RingError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    assert said[0] == said[1]
+    return said[0], ring.dead is None
 
 
 def fail_late(ring: Any, rank: int, size: int, how: str) -> str:

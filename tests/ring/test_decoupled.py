@@ -104,6 +104,13 @@ def test_an_encoder_that_fails_is_heard_of_everywhere_and_no_grad_changes(
         assert said.startswith(kind) and "the encoder of rank 1 has had enough" in said
 
 
+def test_inputs_that_do_not_fit_on_one_rank_are_heard_of_before_ddp_exchanges_buffers(world: World) -> None:
+    (first, lives), (second, too) = answers(world(2).run("decoupled_jobs:unfit"))
+    assert first.startswith("RingError: rank 1 of 2 cannot go on: InvalidInput: keys: ")
+    assert second.startswith("InvalidInput: keys: ")
+    assert lives and too
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_rank_that_fails_where_others_wait_in_a_collective_ends_them_with_a_ring_error(
     fragile: Callable[..., Any], how: str

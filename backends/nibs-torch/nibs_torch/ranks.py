@@ -118,9 +118,15 @@ class Ranks:
         return self.ring.size > 1
 
     def settle(self) -> None:
-        """What the first forwards of DDP exchange, now and in one order: ranks may differ in which comes first."""
+        """What the first forwards of DDP exchange, now and in one order: ranks may differ in which comes first.
+
+        Where there is such a thing, all ranks say first that they are there for it.
+        """
+        grad = torch.is_grad_enabled()
+        if any(one.will_sync_module_buffers() or (grad and not one._has_rebuilt_buckets) for one in self.replicated):
+            self.ready()
         for module in self.replicated:
-            if torch.is_grad_enabled() and module.reducer._rebuild_buckets():
+            if grad and module.reducer._rebuild_buckets():
                 module._has_rebuilt_buckets = True
             if module.will_sync_module_buffers():
                 module._sync_buffers()
@@ -162,7 +168,7 @@ class Ranks:
         return {side: max(words["counts"][side] for words in every) for side in counts}
 
     def ready(self) -> None:
-        """Everything is in place for the backward that synchronises, here and on all ranks. Raises RingError."""
+        """Everything is in place for a collective, here and on all ranks. Raises RingError."""
         if self.several:
             self._exchange({"ready": True})
 
