@@ -205,9 +205,9 @@ class _Run:
                 with ranks.silent():
                     with ranks.telling(collective=ranks.sharded):
                         self._encode_all(counts)
-                    after = RandomState(self.device)
                     with ranks.telling():
                         returned = self._differentiate(training)
+                    after = RandomState(self.device)  # a loss may have drawn, too
                     if training:
                         with ranks.telling(collective=ranks.sharded):
                             self._encode_again()

@@ -27,22 +27,26 @@ class Pool:
         self.parts: list[Tensor] = []
         self.rows: list[slice | Tensor] = []
         self.gathered: Tensor | None = None
+        self.kind: tuple[torch.Size, torch.dtype] | None = None
         self.filled = 0
 
     def add(self, part: Tensor, item: Item) -> None:
         """The next micro-batch's rows."""
         rows: slice | Tensor = slice(self.filled, self.filled + len(part)) if item.rows is None else item.rows
         self.filled += len(part)
+        kind = part.shape[1:], part.dtype
+        self.kind = self.kind or kind
+        if kind != self.kind:
+            shape, dtype = self.kind
+            raise InvalidInput(
+                f"{self.name}: micro-batches of {_rows(*kind)} and of {_rows(shape, dtype)}: expected one width and "
+                "one dtype."
+            )
         if self.total is None:
             self.parts.append(self._room(len(part), part).copy_(part, non_blocking=True))
         else:
             if self.gathered is None:
                 self.gathered = self._room(self.total, part)
-            if part.shape[1:] != self.gathered.shape[1:] or part.dtype != self.gathered.dtype:
-                raise InvalidInput(
-                    f"{self.name}: micro-batches of {tuple(part.shape)} in {part.dtype} and of "
-                    f"{tuple(self.gathered.shape)} in {self.gathered.dtype}: expected one width and one dtype."
-                )
             if isinstance(rows, slice):
                 self.gathered[rows].copy_(part, non_blocking=True)
             else:
@@ -73,3 +77,7 @@ class Pool:
         return torch.empty(
             shape, dtype=like.dtype, pin_memory=like.is_pinned() if there == "cpu" else there in ("cuda", "xpu")
         )
+
+
+def _rows(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"[{', '.join(map(str, ('rows', *shape)))}] in {dtype}"

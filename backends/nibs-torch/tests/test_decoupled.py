@@ -242,6 +242,21 @@ def test_tied_towers_with_buffers_go_through_them_in_the_order_of_a_plain_step()
         assert torch.equal(mine, theirs)
 
 
+def test_random_numbers_of_the_loss_are_others_in_the_next_step():
+    drawn = []
+
+    def loss(queries, keys):
+        drawn.append(torch.rand(1).item())
+        return nibs.contrastive_loss(queries, keys)
+
+    step = DecoupledStep(*towers(), loss=loss, micro_batch=SIZE)
+    torch.manual_seed(3)
+    step(*batch())
+    step(*batch())
+    torch.manual_seed(3)
+    assert drawn == [torch.rand(1).item() for _ in range(2)]
+
+
 def test_python_and_numpy_random_numbers_are_replayed():
     left, right = towers()
 
@@ -551,6 +566,22 @@ def test_an_iterable_that_can_be_walked_once_is_refused_unless_its_items_are_kep
     with pytest.raises(InvalidInput, match=r"queries: a generator can be walked once.*inputs='keep'"):
         lazily(lambda *sides: [iter(Asked(side)) for side in sides])
     lazily(lambda *sides: [iter(Asked(side)) for side in sides], inputs="keep")
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("change", [lambda rows: rows[:, :1], lambda rows: rows.float()], ids=["width", "dtype"])
+def test_micro_batches_of_another_kind_are_refused(change, lazy):
+    calls = []
+
+    def encode(x):
+        calls.append(x)
+        rows = x[:, :DIM]
+        return rows if len(calls) < 3 else change(rows)
+
+    inputs, keys = batch()
+    message = r"queries: embedding: micro-batches of \[rows, .*one width and one dtype"
+    with pytest.raises(InvalidInput, match=message):
+        DecoupledStep(encode, encode, micro_batch=SIZE)(list(inputs.split(SIZE)) if lazy else inputs, keys)
 
 
 def test_pairs_of_micro_batches_come_from_one_iterable():
