@@ -147,10 +147,12 @@ def main() -> None:
                 flush=True,
             )
     if options.output:
+        from measure import processor
+
         found = {
             "date": date.today().isoformat(),
             "command": " ".join(["python", "benchmarks/decoupled.py", *sys.argv[1:]]),
-            "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {"processor": processor(), "threads": torch.get_num_threads()},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "sizes": {name: getattr(options, name) for name in ("micro", "dim", "hidden", "device", "offload")},
             "rows": rows,

@@ -167,13 +167,18 @@ def _peak(call: Callable[[], Any], device: str) -> int:
     return max(0, torch.cuda.max_memory_allocated() - before)
 
 
+def processor() -> str:
+    """The CPU by its own name, where the system tells it."""
+    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ":")
+    return model.partition(":")[2].strip() or platform.processor() or platform.machine()
+
+
 def machine(device: str) -> dict[str, Any]:
     """What ran this: never leave a figure without it."""
     import torch
 
-    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ":")
     found: dict[str, Any] = {
-        "processor": model.partition(":")[2].strip() or platform.processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "clock": "one thread, CPU time," if one_thread() else f"{torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
