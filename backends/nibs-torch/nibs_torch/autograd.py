@@ -97,7 +97,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         wrt = ctx.job.request.wrt
-        tensors, saved = ctx.saved_tensors[: len(ARRAYS)], ctx.saved_tensors[len(ARRAYS) :]
+        kept = ctx.saved_tensors  # once: each time unpacks them anew, which checkpoint() refuses
+        tensors, saved = kept[: len(ARRAYS)], kept[len(ARRAYS) :]
         out: dict[str, Tensor] = {}
         if upstream is not None and wrt:
             with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from dense_torch import leaves, symmetric
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import nibs
 from nibs.errors import InvalidInput, MemoryBudget, Unsupported
@@ -38,6 +39,14 @@ def test_a_retained_graph_is_right_for_every_backward():
     first, tripled, last = (DERIVED(factor * loss, inputs, retain_graph=True) for factor in (1, 3, 1))
     assert_close(tripled, tuple(3 * one for one in first))
     assert_close(last, first)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_loss_within_a_checkpoint_has_its_gradients(reentrant):
+    queries, keys, _ = leaves()
+    (expected,) = DERIVED(nibs.contrastive_loss(queries, keys.detach()), queries)
+    checkpoint(lambda rows: nibs.contrastive_loss(rows, keys.detach()), queries, use_reentrant=reentrant).backward()
+    assert_close(queries.grad, expected)
 
 
 def test_accumulated_gradients_do_not_share_memory_with_the_graph():
