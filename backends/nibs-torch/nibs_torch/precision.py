@@ -5,9 +5,9 @@
     "highest"   IEEE float32
 
 PyTorch keeps this in flags of the whole process. They are set for the one product that is being computed (on a GPU:
-launched), and put back after it; threads that want the same flag at once share it, and others wait. Where a flag
-stands right already, nothing is touched. Another thread's products may see it meanwhile, and get more or less
-precision than they asked for, but no wrong numbers.
+launched), and put back after it; threads that want the same flag at once share it, and others wait, those too that
+want it as the framework is set. Where a flag stands right already, nothing is touched. Products of another thread
+that are not nibs's may see it meanwhile, and get more or less precision than they asked for, but no wrong numbers.
 
 On a CPU the flag also says whose kernels run. PyTorch gives float32 products to MKL, which goes by the maker of the
 processor: on an AMD EPYC with AVX-512 it reaches half of what oneDNN does. `fp32_precision = "bf16"` allows oneDNN
@@ -38,34 +38,52 @@ LARGE = 1 << 22
 EXACT = 1e-5
 """Relative error of a sum of positive products that float32 keeps to, and bfloat16 does not: there it is 1e-4 or so."""
 
+GOLDEN = 0.6180339887498949  # its multiples are spread evenly between whole numbers
+
 _NOTHING = nullcontext()
 
 
 class _Lent:
-    """One flag of the process: `with` sets it for as long as anybody who wants this value needs it."""
+    """One flag of the process: `with` sets it for as long as anybody who wants this value needs it. Not nested."""
 
     def __init__(self, holder: Any, name: str) -> None:
         self.holder, self.name = holder, name
+        self.turn = threading.Lock()  # of who comes next: whoever waits is not passed by
         self.free = threading.Condition()
         self.users, self.value, self.before = 0, None, None
 
+    def stands(self) -> Any:
+        """What the framework is set to, whoever has borrowed the flag meanwhile."""
+        return self.before if self.users else getattr(self.holder, self.name)
+
     def to(self, value: Any) -> AbstractContextManager[Any]:
-        return _NOTHING if getattr(self.holder, self.name) == value and not self.users else _Loan(self, value)
+        return _Loan(self, value)
+
+    def put_back(self) -> None:
+        """The flag as it was: one that followed a wider setting (`torch.backends.fp32_precision`) follows it again."""
+        if self.name == "fp32_precision":
+            setattr(self.holder, self.name, "none")
+        if getattr(self.holder, self.name) != self.before:
+            setattr(self.holder, self.name, self.before)
 
 
 class _Loan:
-    """One use of a lent flag."""
+    """One use of a lent flag. value: None for as the framework is set."""
 
     def __init__(self, lent: _Lent, value: Any) -> None:
         self.lent, self.value = lent, value
 
     def __enter__(self) -> None:
         lent = self.lent
-        with lent.free:
-            lent.free.wait_for(lambda: not lent.users or lent.value == self.value)
+        with lent.turn, lent.free:
+            stands = lent.stands()
+            value = stands if self.value is None else self.value
+            if lent.users and lent.value != value:
+                lent.free.wait_for(lambda: not lent.users)
             if not lent.users:
-                lent.before, lent.value = getattr(lent.holder, lent.name), self.value
-                setattr(lent.holder, lent.name, self.value)
+                lent.before, lent.value = stands, value
+                if stands != value:
+                    setattr(lent.holder, lent.name, value)
             lent.users += 1
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +91,8 @@ class _Loan:
         with lent.free:
             lent.users -= 1
             if not lent.users:
-                setattr(lent.holder, lent.name, lent.before)
+                if lent.before != lent.value:
+                    lent.put_back()
                 lent.free.notify_all()
 
 
@@ -91,20 +110,17 @@ def products(
 
     narrow: rounding its factors to bfloat16 loses nothing, or nothing that counts.
     """
-    if dtype != torch.float32:
-        return _NOTHING
-    if device.type == "cpu" and flops >= LARGE:
-        lent = _flag("cpu")
-        if narrow and lent is not None:
-            return lent.to("bf16")
-        asked = precision == "highest" or (precision == "default" and lent is not None and _is_ieee(lent))
-        if lent is not None and asked and _one_dnn_is_exact():
-            return lent.to("bf16")
-    if precision == "default":
-        return _NOTHING
-    lent = _flag(device.type)
+    lent = _flag(device.type) if dtype == torch.float32 else None
     if lent is None:
         return _NOTHING
+    if device.type == "cpu" and flops >= LARGE:
+        if narrow:
+            return lent.to("bf16")
+        asked = precision == "highest" or (precision == "default" and lent.stands() in ("none", "ieee"))
+        if asked and _one_dnn_is_exact():
+            return lent.to("bf16")
+    if precision == "default":
+        return lent.to(None)
     fast = precision == "high"
     return lent.to(fast if lent.name == "allow_tf32" else "tf32" if fast else "ieee")
 
@@ -121,12 +137,6 @@ def _flag(device: str) -> _Lent | None:
     if hasattr(holder, "fp32_precision"):
         return _Lent(holder, "fp32_precision")
     return _Lent(holder, "allow_tf32") if device == "cuda" else None  # before 2.9
-
-
-def _is_ieee(lent: _Lent) -> bool:
-    """Whether the framework is set to float32 products, and not to coarser ones, which its user may have allowed."""
-    set_to = lent.before if lent.users else getattr(lent.holder, lent.name)
-    return set_to in ("none", "ieee")
 
 
 @lru_cache
@@ -149,18 +159,26 @@ def _has_tiles() -> bool:
 
 
 def _error(values: torch.dtype) -> float:
-    """The largest relative error, under the flag, of products of positive numbers of a dtype, in each layout."""
+    """The largest relative error, under the flag, of products of positive numbers of a dtype, in each layout.
+
+    Nothing around the call (autocast, default dtype and device, a transform) may enter: the answer is kept.
+    """
     lent = _flag("cpu")
     if lent is None or not torch.backends.mkldnn.is_available():
         return float("inf")
-    generator = torch.Generator().manual_seed(0)
-    worst = torch.zeros((), dtype=torch.float64)
+
+    def drawn(rows: int, columns: int) -> torch.Tensor:
+        """Numbers between 1 and 2, none like the other, and no random ones: vmap would refuse those."""
+        steps = torch.arange(rows * columns, dtype=torch.float64, device="cpu")
+        return steps.mul_(GOLDEN).frac_().add_(1).view(rows, columns).to(values).to(torch.float32)
+
+    worst = torch.zeros((), dtype=torch.float64, device="cpu")
     for rows, width, columns in ((64, 64, 64), (256, 512, 384), (384, 256, 128)):
-        drawn = (torch.rand(size, generator=generator) + 1 for size in ((rows, width), (columns, width)))
-        one, other = (each.to(values).float() for each in drawn)
+        one, other = drawn(rows, width), drawn(columns, width)
         exact = one.double() @ other.double().T
+        out = torch.zeros((rows, columns), dtype=torch.float32, device="cpu")
         for left, right in ((one, other.T), (one.T.contiguous().T, other.T.contiguous()), (one, other.T.contiguous())):
-            with lent.to("bf16"):
-                found = torch.addmm(torch.zeros(rows, columns), left, right)
+            with torch.autocast("cpu", enabled=False), lent.to("bf16"):
+                found = torch.addmm(out, left, right)
             worst = torch.maximum(worst, ((found - exact).abs() / exact).max())  # NaN stays
     return worst.item()

@@ -52,7 +52,7 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     queries, keys = request.queries.to(wide), request.keys.to(wide)
 
     def product(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-        out = torch.empty((left.shape[0], right.shape[1]), dtype=wide)
+        out = left.new_empty((left.shape[0], right.shape[1]))
         with products(request.precision, wide, queries.device, flops, narrow=narrow):
             return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
@@ -80,7 +80,7 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
         of_scale = _like(moment / times, request.scale, wide)
     of_bias = None
     if wants[3]:
-        of_bias = _like(weight * share if weight is not None else torch.zeros((), dtype=wide), request.bias, wide)
+        of_bias = _like(weight * share if weight is not None else loss.new_zeros(()), request.bias, wide)
     return loss, Gradients(into, onto, of_scale, of_bias)
 
 
@@ -124,9 +124,9 @@ def _softmax(
         return None
     positives = tile.diagonal().clone()
     lifted = tile.max() - HEAD
-    sums = torch.zeros(n + m, dtype=tile.dtype)
+    sums = tile.new_zeros(n + m)
     of_rows, of_columns = sums[:n], sums[n:]
-    weighed = torch.zeros(n + m if moments else 0, dtype=tile.dtype)
+    weighed = tile.new_zeros(n + m if moments else 0)
     for strip, where in _strips(tile):
         logits = strip.clone() if moments else strip
         strip.sub_(lifted).exp_()
@@ -171,7 +171,7 @@ def _sigmoid(tile: Tensor, bias: Any, *, grad: bool) -> tuple[Tensor, Tensor, No
     tile.add_(bias.detach().to(tile.dtype).reshape(()) if isinstance(bias, Tensor) else bias)
     seen = tile.sum()
     tile.diagonal().neg_()  # -z s
-    total = weight = torch.zeros((), dtype=torch.float64)
+    total = weight = tile.new_zeros((), dtype=torch.float64)
     for strip, _ in _strips(tile):
         terms = torch.ops.aten.softplus(strip, 1, 40)  # above 40 it is the identity, in float64 too
         total = total + terms.sum(1).sum(dtype=torch.float64)

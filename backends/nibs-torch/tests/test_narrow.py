@@ -5,6 +5,8 @@ Processors with such tiles are few, so here every machine rounds: the factors of
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -156,6 +158,38 @@ def test_a_processor_whose_products_are_not_exact_is_not_trusted(monkeypatch, wr
     assert HAS_TILES()
     monkeypatch.setattr(torch, "addmm", lambda *factors: wrong(addmm(*factors)))
     assert not HAS_TILES()
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AROUND = {
+    "float64 by default": lambda: default_dtype(torch.float64),
+    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
+    "another device by default": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND.keys())
+def test_the_look_at_the_processor_does_not_depend_on_what_is_set_around_it(monkeypatch, around):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    with around():
+        assert HAS_TILES()
+
+
+def test_the_look_at_the_processor_may_come_within_vmap(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    found = []
+    torch.func.vmap(lambda row: (found.append(HAS_TILES()), row)[1])(torch.zeros(2, 3))
+    assert found == [True]
 
 
 @pytest.mark.parametrize("wanted", ["default", "high", "highest"])

@@ -37,7 +37,46 @@ def test_an_error_in_a_product_puts_the_flag_back():
 
 @pytest.mark.parametrize(("wanted", "dtype"), [("default", torch.float32), ("highest", torch.float64)])
 def test_nothing_is_touched_where_nothing_was_asked(wanted, dtype):
-    assert precision.products(wanted, dtype, CPU) is precision.products("default", torch.float32, CPU)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with precision.products(wanted, dtype, CPU):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_product_as_the_framework_is_set_waits_until_another_thread_has_put_the_flag_back(monkeypatch):
+    lent = precision._Lent(torch.backends.mkldnn.matmul, "fp32_precision")
+    monkeypatch.setattr(precision, "_flag", lambda _: lent)
+    before, waits, seen = lent.stands(), threading.Event(), []
+
+    def wait_for(predicate):
+        waits.set()
+        return threading.Condition.wait_for(lent.free, predicate)
+
+    monkeypatch.setattr(lent.free, "wait_for", wait_for)
+
+    def work():
+        with precision.products("default", torch.float32, CPU):
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+
+    thread = threading.Thread(target=work)
+    with precision.products("default", torch.float32, CPU, precision.LARGE, narrow=True):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        thread.start()
+        assert waits.wait(60)
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_flag_that_followed_a_wider_setting_follows_it_afterwards():
+    flag, wider = torch.backends.mkldnn.matmul, torch.backends
+    before, wider.fp32_precision = wider.fp32_precision, "tf32"
+    try:
+        with precision.products("highest", torch.float32, CPU):
+            assert flag.fp32_precision == "ieee"
+        assert flag.fp32_precision == "tf32"
+        wider.fp32_precision = "ieee"
+        assert flag.fp32_precision == "ieee"
+    finally:
+        wider.fp32_precision = before
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn"])

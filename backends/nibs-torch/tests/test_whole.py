@@ -102,3 +102,12 @@ def test_a_row_that_sinks_out_of_reach_is_the_schedules(objective):
     exact, _ = nibs.contrastive_loss_and_grad(queries.double(), keys.double(), scale=50.0, objective=objective)
     assert abs(loss - exact) < 1e-5 * abs(exact)
     assert gradients.queries.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_another_device_by_default_changes_nothing(objective):
+    queries, keys = inputs()
+    expected = whole(asked(queries, keys, objective=objective), grad=True)
+    with torch.device("meta"):
+        found = whole(asked(queries, keys, objective=objective), grad=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1].keys, expected[1].keys)
