@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["narrows", "products"]
+__all__ = ["narrows", "of_rows", "products"]
 
 LARGE = 1 << 22
 """Flops of a product from which oneDNN's kernels, which are set up anew for each, are worth their start."""
@@ -101,6 +101,14 @@ def narrows(dtype: str, device: str) -> bool:
     asked for them with `narrow`.
     """
     return dtype == "bfloat16" and device.startswith("cpu") and _has_tiles()
+
+
+def of_rows(dtype: str, precision: str) -> str:
+    """The precision of products of rows of a dtype, in a call that asks for `precision`: that is float32 rows'.
+
+    Half-precision rows are exact numbers, and what is made of them is right to the float32 level, whatever is set.
+    """
+    return "highest" if dtype in ("bfloat16", "float16") else precision
 
 
 def products(

@@ -26,7 +26,7 @@ import torch
 
 from nibs import pairs
 from nibs.verbs import Lse, Problem, Tile, Weights
-from nibs_torch.precision import narrows, products
+from nibs_torch.precision import narrows, of_rows, products
 
 HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the smallest float32
 LOW = math.exp(HEAD - 80.0)  # a smaller row or column sum of lifted exponentials has lost terms that count
@@ -50,6 +50,7 @@ class TorchTiles:
         self.device = device
         self.lowest = torch.finfo(self.accumulator).min
         self.rounds_weights = self._narrow = narrows(dtype, device.type)
+        self._rows = dtype
         self._strip = min(STRIP, SHARE * torch.get_num_threads()) if device.type == "cpu" else DEVICE_STRIP
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: torch.Tensor | None = None
@@ -285,7 +286,8 @@ class TorchTiles:
     ) -> None:
         """`out = beta out + alpha left @ right`: every product of a tile, and where its factors may be rounded."""
         flops = 2 * left.numel() * right.shape[1]
-        with products(problem.precision, self.accumulator, self.device, flops, narrow=self._narrow):
+        precision = of_rows(self._rows, problem.precision)
+        with products(precision, self.accumulator, self.device, flops, narrow=self._narrow):
             torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
 
     def _parts(self, tile: Tile, logits: Any) -> Iterator[tuple[Tile, Any]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nibs.request import Request
 from nibs.spec import Gradients, InfoNCE
-from nibs_torch.precision import LARGE, narrows, products
+from nibs_torch.precision import LARGE, narrows, of_rows, products
 from nibs_torch.tiles import HEAD, LOW, STRIP
 
 __all__ = ["whole"]
@@ -50,10 +50,11 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
         return None
     wide = torch.float64 if request.dtype == "float64" else torch.float32
     queries, keys = request.queries.to(wide), request.keys.to(wide)
+    precision = of_rows(request.dtype, request.precision)
 
     def product(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
         out = left.new_empty((left.shape[0], right.shape[1]))
-        with products(request.precision, wide, queries.device, flops, narrow=narrow):
+        with products(precision, wide, queries.device, flops, narrow=narrow):
             return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
     tile = product(queries, keys.T, times)

@@ -147,3 +147,25 @@ def test_highest_is_at_least_as_close_to_float64_as_float32_can_be():
     exact = nibs.contrastive_loss(queries.double(), keys.double(), scale=scale.double())
     found = nibs.contrastive_loss(queries, keys, scale=scale, precision="highest")
     assert abs(found.double() - exact) < 1e-5 * abs(exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"memory": "1MiB"}], ids=["in one tile", "by the schedule"])
+@pytest.mark.parametrize("wanted", ["default", "high"])
+def test_half_precision_rows_take_no_coarser_products_whatever_is_set(monkeypatch, dtype, options, wanted):
+    holder = torch.backends.mkldnn.matmul
+    before, holder.fp32_precision = holder.fp32_precision, "bf16"
+    seen, addmm = set(), torch.addmm
+    precision.narrows("bfloat16", "cpu")  # looks at products of its own, once
+
+    def look(*factors, **named):
+        seen.add(holder.fp32_precision)
+        return addmm(*factors, **named)
+
+    monkeypatch.setattr(torch, "addmm", look)
+    try:
+        queries, keys, scale = leaves(n=16, d=8, dtype=dtype)
+        nibs.contrastive_loss(queries, keys, scale=scale, precision=wanted, **options).backward()
+    finally:
+        holder.fp32_precision = before
+    assert seen == {"ieee"}
