@@ -44,6 +44,7 @@ OPERATIONS = {
     0x03B: "LDSM",  # ldmatrix
     0x1AE: "LDGSTS",  # cp.async
     0x1BA: "UBLKCP",  # cp.async.bulk
+    0x1C8: "USETMAXREG",  # setmaxnreg
     0x187: "STL",  # a store to local memory
     0x183: "LDL",  # a load from it
 }
@@ -64,14 +65,14 @@ class Limit:
 
 
 # The first that matches. 255 is the hardware's end; 168 what 384 threads leave each; 128 lets two thread blocks of 256
-# threads share a multiprocessor.
+# threads share a multiprocessor. Where registers go from one warpgroup to another, the number is also the least.
 LIMITS = (
     Limit("nibs_ampere_lse_tf32x3", 168, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_ampere_lse_*", 128, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_ampere_redo_*", 168, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_ampere_weights_*", 168, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
     Limit("nibs_ampere_sigmoid_*", 168, FAMILIES["ampere"].shared, ("HMMA", "LDSM", "LDGSTS")),
-    Limit("nibs_hopper_*", 168, FAMILIES["hopper"].shared, ("HGMMA", "UBLKCP")),
+    Limit("nibs_hopper_*", 168, FAMILIES["hopper"].shared, ("HGMMA", "UBLKCP", "USETMAXREG")),
     Limit("nibs_try_group_*", 255, 3 * 16384 + 8, ("HGMMA", "UBLKCP")),
     Limit("nibs_try_multiply_*", 64, 0, ("HMMA",)),
     Limit("nibs_pack_*", 40),
@@ -146,6 +147,8 @@ def faults(kernel: Kernel, architecture: str) -> list[str]:
         found.append("the compiler did not report its registers")
     if kernel.registers > limit.registers:
         found.append(f"{kernel.registers} registers, of which it may use {limit.registers}")
+    if kernel.counts["USETMAXREG"] and kernel.registers < limit.registers:
+        found.append(f"{kernel.registers} registers at launch: warpgroups that share {limit.registers} wait for ever")
     if kernel.spills or kernel.stack or kernel.counts["STL"]:
         found.append(f"{kernel.spills} bytes spilled, {kernel.stack} bytes of stack")
     shared = kernel.static + limit.shared

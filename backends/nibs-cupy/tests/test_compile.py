@@ -6,12 +6,13 @@ Needs the wheel nvidia-cuda-nvrtc or nvcc, no GPU. What is asked of whom is one 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 
 from nibs.errors import BackendUnavailable
-from nibs_cupy.compile import ARCHITECTURES, LIMITS, Kernel, compile_file, compile_source, faults, files_for
+from nibs_cupy.compile import ARCHITECTURES, LIMITS, OPERATIONS, Kernel, compile_file, compile_source, faults, files_for
 from nibs_cupy.device import flattened
 
 
@@ -77,3 +78,19 @@ def test_more_registers_than_granted_are_seen() -> None:
     (kernel,) = compile_source('extern "C" __global__ void nibs_pack_2(float* x) { x[threadIdx.x] *= 2; }', "sm_80")
     kernel.registers = kernel.limit.registers + 1
     assert any("registers, of which it may use" in fault for fault in faults(kernel, "sm_80"))
+
+
+def test_too_few_registers_at_launch_for_warpgroups_that_share_them_out_are_seen() -> None:
+    (kernel,) = (kernel for kernel in compiled("sm_90a") if kernel.name == "nibs_hopper_lse_bfloat16")
+    assert faults(replace(kernel, registers=160), "sm_90a") != []
+
+
+def test_times_is_rounded_by_itself_where_a_product_would_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPERATIONS, 0x023, "FFMA")
+    source = flattened("device.cuh") + (
+        'extern "C" __global__ void fused(float* x) { x[0] = nibs::times(x[1], x[2]) - x[3]; }'
+    )
+    (kernel,) = compile_source(source, "sm_80")
+    assert kernel.counts["FFMA"] == 0
+    (kernel,) = compile_source(source.replace("__fmul_rn(a, b)", "a * b"), "sm_80")
+    assert kernel.counts["FFMA"] == 1

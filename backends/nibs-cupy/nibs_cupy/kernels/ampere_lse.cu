@@ -33,7 +33,7 @@ NIBS_DEVICE void lse(const LseArgs& args, u8* shared) {
     Tile::products(s, shared, args.queries, args.keys, args.slabs, place);
     const float scale = *args.scale;
     NIBS_UNROLL
-    for (int i = 0; i < 64; i++) s[i] *= scale;
+    for (int i = 0; i < 64; i++) s[i] = times(s[i], scale);
     leave_out(s, minus_infinity(), args.pairs, place);
     each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value; });
     float* scratch = reinterpret_cast<float*>(shared);

@@ -235,7 +235,7 @@ NIBS_DEVICE void logits_of(const TileArgs& args, T (&values)[EACH][EACH]) {
     for (int i = 0; i < EACH; i++)
         NIBS_UNROLL
         for (int j = 0; j < EACH; j++) {
-            values[i][j] *= scale;
+            values[i][j] = times(values[i][j], scale);
             if (args.bias) values[i][j] += bias;
         }
 }

@@ -58,6 +58,16 @@ struct range<double> {
     NIBS_DEVICE static double lowest() { return __longlong_as_double((i64)0xffefffffffffffffull); }
 };
 
+// a * b, rounded by itself. CUDA's compilers fuse a product with what is added to it, and then do not round it: a logit would
+// be one number in the lse and another in the weights, half a unit apart, which is 1/4 where logits are in the millions.
+#if NIBS_HOST
+NIBS_DEVICE float times(float a, float b) { return a * b; }
+NIBS_DEVICE double times(double a, double b) { return a * b; }
+#else
+NIBS_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+NIBS_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
 // bfloat16 and float16 travel as their bits.
 typedef unsigned short bits16;
 

@@ -226,7 +226,7 @@ NIBS_DEVICE void weights(const TileArgs& args) {
         for (int j = 0; j < EACH; j++) {
             const int column = SQUARE + at.x * EACH + j;
             const unsigned bit = Pairs::bit(i, j);
-            const T raw = s[i][j], logit = raw * scale;
+            const T raw = s[i][j], logit = times(raw, scale);
             T g = 0;
             if (together) {
                 // A pair of two that are no anchors is bounded by nobody's lse: its exponential is not taken.

@@ -47,7 +47,7 @@ NIBS_DEVICE void lse(const LseArgs& args, u8* shared) {
         if (place.first_row() >= args.pairs.rows) return;  // the lower half of the last tiles may be empty
         if (REDO && !marked(place.tile_row, place.tile_column)) return;
         NIBS_UNROLL
-        for (int i = 0; i < 128; i++) s[i] *= scale;
+        for (int i = 0; i < 128; i++) s[i] = times(s[i], scale);
         leave_out(s, minus_infinity(), args.pairs, place);
         each_designated(s, args.pairs, place, [&](float value, i64 i, i64, int) { return args.positive[i] = value; });
         if constexpr (REDO) own_statistics(s, args.pairs, args.parts, place, scratch);

@@ -611,7 +611,7 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
                 for (int e = 0; e < 2; e++) {
                     float& value = s[(m * NF + n) * 4 + 2 * h + e];
                     const int at = place.own_column(n, e);
-                    const float product = value, logit = product * scale;
+                    const float product = value, logit = times(product, scale);
                     if (close) {
                         // Where nobody is an anchor the exponent has no bound, and infinity times 0 would be NaN.
                         const float above = fmaf(logit, LOG2E, -middle);
@@ -643,7 +643,8 @@ NIBS_DEVICE void gradient(float (&s)[MF * NF * 4], const Pairs& pairs, const Sid
 // -- sigmoid ------------------------------------------------------------------------------------------
 
 // log(1 + w) for w from 0 to 15, to some 4 units in the last place: 2 atanh(w / (2 + w)) as a series while w is small,
-// where 1 + w would lose it, and the instruction from there on. No branch, few registers.
+// where 1 + w would lose it, and the instruction from there on, which up to w = 1 is good to 2^-21.4 by its manual. No
+// branch, few registers.
 NIBS_DEVICE float log1p_fast(float w) {
     const float z = __fdividef(w, 2.0f + w), square = z * z;
     const float series = fmaf(square, fmaf(square, fmaf(square, fmaf(square, 2.0f / 9, 2.0f / 7), 2.0f / 5), 2.0f / 3), 2.0f) * z;
