@@ -162,11 +162,13 @@ class Cuda:
 
         source, options = flattened(file), (*OPTIONS, f"-arch={arch}")
         version = ".".join(map(str, nvrtc.getVersion()))
-        digest = hashlib.sha256("\0".join((source, *options, version)).encode()).hexdigest()[:20]
+        made_from = _digest("\0".join((source, *options, version)).encode())
         folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-        path = folder / f"nibs-{Path(file).stem}-{arch}-{digest}.cubin"
-        if path.is_file():
-            return path
+        # The name says what it was made from and what it holds: a file that has been damaged is made again.
+        name = f"nibs-{Path(file).stem}-{arch}-{made_from}"
+        for path in folder.glob(f"{name}-*.cubin"):
+            if path.stem == f"{name}-{_digest(path.read_bytes())}":
+                return path
         program = nvrtc.createProgram(source, file, (), ())
         try:
             nvrtc.compileProgram(program, options)
@@ -181,6 +183,7 @@ class Cuda:
             handle, made = tempfile.mkstemp(suffix=".cubin", dir=folder)
             with os.fdopen(handle, "wb") as out:
                 out.write(code)
+            path = folder / f"{name}-{_digest(code)}.cubin"
             os.replace(made, path)  # whole or not at all, whoever else compiles it now
         except OSError as cause:
             raise BackendUnavailable(
@@ -264,6 +267,10 @@ class Cuda:
             if type(cause).__name__ != "CUBLASError":  # cuBLAS is loaded when it is first asked
                 raise
             raise KernelFault(f"cuBLAS refused a product: {cause}") from cause
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def flattened(file: str) -> str:

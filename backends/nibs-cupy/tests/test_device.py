@@ -292,6 +292,17 @@ def test_a_file_is_compiled_once_for_each_architecture_and_kept_with_cupys_own(c
     assert {Path(module.path).parent for module in Module.made} == {tmp_path / "cache"}
 
 
+@pytest.mark.parametrize("left", [b"", b"machine", b"machine c0de"])
+def test_a_damaged_file_in_the_cache_is_compiled_again(cupy, left):
+    Cuda().kernel("general.cu", "nibs_lse_float32")
+    Path(Module.made[0].path).write_bytes(left)
+
+    Cuda().kernel("general.cu", "nibs_lse_float32")
+
+    assert len(cupy.libs.nvrtc.compiled) == 2
+    assert Module.made[1].path == Module.made[0].path and Path(Module.made[1].path).read_bytes() == b"machine code"
+
+
 def test_a_launch_asks_for_more_than_48_kib_of_shared_memory_and_passes_the_struct_by_value(cupy):
     arguments = np.zeros(1, [("rows", np.int64)])
     Cuda().kernel("general.cu", "nibs_lse_float32")(3, 256, arguments, shared=98304)
