@@ -15,7 +15,7 @@ from nibs.errors import InvalidInput
 from nibs.plan import TileHint, plan_request
 from nibs.request import Request
 from nibs.schedule import Call
-from nibs.spec import Backend
+from nibs.spec import Backend, Sigmoid
 from nibs_cupy.device import Cuda, Host, open_device
 from nibs_cupy.fast import FAMILIES, SLAB, why_not
 from nibs_cupy.fast_tiles import FastTiles
@@ -65,7 +65,7 @@ class CupyBackend(Backend):
         check_streams(request.ring, request.device)
         ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
         size = ring.size if ring is not None else 1
-        family, precision = self._family(request), self._precision(request.precision)
+        family, precision = self._family(request, grad=grad), self._precision(request.precision)
         if family is None:
             plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
             return Call(request, CupyTiles(request.dtype, self.device), plan, ring, hold=hold)
@@ -77,14 +77,16 @@ class CupyBackend(Backend):
         tiles = FastTiles(request.dtype, precision, self.device, family, self.device.processors())
         return Call(request, tiles, plan, ring, hold=hold)
 
-    def _family(self, request: Request) -> str | None:
+    def _family(self, request: Request, *, grad: bool) -> str | None:
         """The family of fast kernels that takes this call, or None: the general ones."""
         if self.kernels == "general":
             return None
         precision = self._precision(request.precision)
         if why_not(request.dtype, precision, request.objective) is not None:
             return None
-        return "ampere" if request.dtype == "float32" else self.kernels  # no wgmma takes tf32 three times
+        # No wgmma takes tf32 three times, and it leaves the sigmoid no registers for the sums of the scale's gradient.
+        sums = grad and isinstance(request.objective, Sigmoid) and request.wants("scale")
+        return "ampere" if sums or request.dtype == "float32" else self.kernels
 
     def _precision(self, precision: str) -> str:
         """`"default"` is CuPy's own setting: IEEE, unless CUPY_TF32 allows TF32."""

@@ -29,10 +29,8 @@ class FastTiles(CupyTiles):
 
     def __init__(self, dtype: str, precision: str, device: Cuda | Host, family: str, processors: int) -> None:
         super().__init__(dtype, device)
-        self.dtype, format = dtype, FORMATS[dtype, precision]
-        self.fast = FastKernels(device, format, family, processors=processors)
-        # wgmma leaves no registers for the sums that the scale's gradient needs beside the sigmoid.
-        self.summing = self.fast if family == "ampere" else FastKernels(device, format, "ampere")
+        self.dtype = dtype
+        self.fast = FastKernels(device, FORMATS[dtype, precision], family, processors=processors)
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
         pairs = self._pairs(tile, problem)
@@ -41,7 +39,7 @@ class FastTiles(CupyTiles):
             loss, _, positive, _, _, *facts = found
             kept = (lift, found[:5]) if keep else None
             return self._rows(tile, pairs, positive, facts, mass=loss), Lse(), kept
-        queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
+        queries, keys = self._packed(tile.queries), self._packed(tile.keys)
         row_shift, row_mass, column_shift, column_mass, positive, *facts = self.fast.lse(
             *(queries, keys, self._one(problem.scale), pairs),
             rows=problem.rows,
@@ -65,7 +63,7 @@ class FastTiles(CupyTiles):
         if problem.softmax:
             sides = [None if side is None else self._contiguous(side) for side in (rows, columns)]
             lift = self._lift(*(side.factor for side in sides if side is not None))
-            queries, keys = self._packed(tile.queries, self.fast), self._packed(tile.keys, self.fast)
+            queries, keys = self._packed(tile.queries), self._packed(tile.keys)
             g, products = self.fast.weights(
                 *(queries, keys, self._one(problem.scale), self._pairs(tile, problem), *sides, lift),
                 products=problem.total_product,
@@ -85,12 +83,11 @@ class FastTiles(CupyTiles):
 
     def _fast_sigmoid(self, tile: Tile, problem: Problem, pairs: Pairs, factor: Any, *, grad: bool) -> tuple[Any, Any]:
         """The lift, and what the kernel gives; factor `[r]`: of each row, in all but the loss and the positives."""
-        kernels = self.summing if grad and problem.total_product else self.fast
-        queries, keys = self._packed(tile.queries, kernels), self._packed(tile.keys, kernels)
+        queries, keys = self._packed(tile.queries), self._packed(tile.keys)
         scalars = self._one(problem.scale), self._one(problem.bias)
         factor = self.xp.ascontiguousarray(self.cast(factor))
         lift = self._lift(factor)
-        found = kernels.sigmoid(
+        found = self.fast.sigmoid(
             *(queries, keys, *scalars, pairs, factor, lift),
             grad=grad,
             products=grad and problem.total_product,
@@ -121,13 +118,12 @@ class FastTiles(CupyTiles):
 
     # -- operands ---------------------------------------------------------------------------------
 
-    def _packed(self, rows: Rows, kernels: FastKernels) -> Panels:
-        """Panels of these rows, made once for each family that reads them."""
-        held = rows.__dict__.setdefault("panels", {})
-        if kernels.family.name not in held:
+    def _packed(self, rows: Rows) -> Panels:
+        """Panels of these rows, made once."""
+        if rows.panels is None:
             mask = None if rows.mask is None else rows.mask.view(np.uint8)
-            held[kernels.family.name] = kernels.pack(rows.values, mask)
-        return held[kernels.family.name]
+            rows.panels = self.fast.pack(rows.values, mask)
+        return rows.panels
 
     def _pairs(self, tile: Tile, problem: Problem) -> Pairs:
         xp = self.xp
@@ -156,4 +152,5 @@ class FastTiles(CupyTiles):
             return self.zeros(1) + 1
         top = self.xp.stack([abs(factor).max() if len(factor) else self.scalar(1.0) for factor in factors]).max()
         exponent = LIFT[self.dtype] - self.xp.ceil(self.xp.log2(self.xp.where(top > 0, top, 1.0)))
+        exponent = self.xp.minimum(exponent, 126)  # beyond, neither it nor its inverse is a normal float32
         return self.xp.exp2(exponent).astype(np.float32).reshape(1)

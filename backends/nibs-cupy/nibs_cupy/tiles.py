@@ -70,7 +70,10 @@ MAXIMA = FIELD["positive_max"] | FIELD["negative_max"]
 
 
 class Rows:
-    """Rows of a tile as they came, `[r, d]` of any stride, and which are present; wide only where a product asks."""
+    """Rows of a tile as they came, `[r, d]` of any stride, and which are present; wide only where a product asks.
+
+    panels: the same rows as fast_tiles.py has packed them, once it has.
+    """
 
     def __init__(self, tiles: CupyTiles, values: Any, mask: Any) -> None:
         size = values.dtype.itemsize
@@ -80,6 +83,7 @@ class Rows:
         self.mask = None if mask is None else tiles.xp.ascontiguousarray(mask)
         self.shape = values.shape
         self._wide: Any = None
+        self.panels: Any = None
 
     def wide(self) -> Any:
         """In the accumulation dtype, absent rows zero; made once."""

@@ -18,6 +18,7 @@ from nibs_conformance.checks import budget, truth
 from nibs_cupy.backend import CupyBackend
 from nibs_cupy.device import Host
 from nibs_cupy.fast import FastKernels, why_not
+from nibs_cupy.fast_tiles import FastTiles
 
 TAKEN = [nibs.InfoNCE(), nibs.InfoNCE(direction="query_to_key"), nibs.Sigmoid()]
 LEFT = [nibs.InfoNCE(label_smoothing=0.1), nibs.InfoNCE(false_negative_margin=0.1)]
@@ -77,6 +78,7 @@ def test_stats_come_from_the_same_tiles(
         ids = dict(query_ids=np.arange(150) // 3, key_ids=np.arange(150) // 3)
     options = dict(scale=14.3, bias=-5.0, objective=objective, query_mask=random.random(150) > 0.1, stats=True, **ids)
     options |= dict(key_mask=random.random(150) > 0.1, plan=nibs.plan(150, 150, 40, query_tile=100, key_tile=140))
+    options |= dict(wrt=("queries", "keys", "bias"))  # hopper's own sigmoid, too
     *_, want = nibs.contrastive_loss_and_grad(queries, keys, **options, backend=serve(monkeypatch, "general"))
     *_, got = nibs.contrastive_loss_and_grad(queries, keys, **options, backend=serve(monkeypatch, kernels))
     assert got.plan.kernel == kernels and (got.count, got.top1) == (want.count, want.top1)
@@ -86,7 +88,7 @@ def test_stats_come_from_the_same_tiles(
 
 
 def kernel_of(
-    monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str, objective: nibs.Objective, **options: str
+    monkeypatch: pytest.MonkeyPatch, kernels: str, dtype: str, objective: nibs.Objective, **options: object
 ) -> str:
     """The name of the kernels that ran, from the plan of a call."""
     ran = []
@@ -104,6 +106,13 @@ def kernel_of(
 @pytest.mark.parametrize("objective", TAKEN)
 def test_the_plan_names_the_family_that_ran(objective: nibs.Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_of(monkeypatch, "ampere", "bfloat16", objective) == "ampere"
+
+
+@pytest.mark.parametrize("wrt, ran", [(None, "ampere"), (("queries", "keys", "bias"), "hopper")])
+def test_where_the_sigmoids_scale_wants_a_gradient_the_plan_names_the_family_that_sums_for_it(
+    wrt: tuple[str, ...] | None, ran: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kernel_of(monkeypatch, "hopper", "bfloat16", nibs.Sigmoid(), wrt=wrt) == ran
 
 
 @pytest.mark.parametrize(
@@ -138,6 +147,13 @@ def test_without_being_asked_for_no_fast_kernel_runs(monkeypatch: pytest.MonkeyP
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(InvalidInput, match="expected general, ampere or hopper"):
         CupyBackend(Host(), "volta")
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-38, 1.0, 3e38])
+def test_what_lifts_float16_weights_and_its_inverse_are_numbers_however_small_the_weights(largest: float) -> None:
+    tiles = FastTiles("float16", "default", Host(), "ampere", 2)
+    (lift,) = tiles._lift(np.array([largest, 0], np.float32))
+    assert np.isfinite([lift, 1 / lift]).all() and largest * float(lift) <= 2.0**12
 
 
 # -- memory -----------------------------------------------------------------------------------------
