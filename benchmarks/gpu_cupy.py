@@ -62,7 +62,8 @@ class Bench:
         self.xp = self.device.xp
         self.tiles = {16: (40, 56)} if dry else TILES
         self.capability = "90" if dry else self.xp.cuda.Device().compute_capability
-        self.until = time.monotonic() + SECONDS
+        self.until, self.alone = time.monotonic() + SECONDS, False
+        self.vectors = Path(tempfile.mkdtemp()) if dry else KERNELS / "vectors"
         self.ceilings: dict[tuple[str, int], float] = {}
         self.found: list[dict[str, Any]] = []
 
@@ -202,21 +203,31 @@ def suite(bench: Bench) -> None:
         command += ["nibs_conformance", "--nibs-backend", "cupy", *(["--collect-only"] if bench.dry else [])]
         settings = {"NIBS_CUPY_KERNELS": kernels, "NIBS_PLUGINS": "nibs_cupy.plugin"}
         settings |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "NIBS_CUPY_DEVICE": "host" if bench.dry else "cuda"}
-        start, left = time.monotonic(), max(bench.until - time.monotonic(), 60)
-        done = subprocess.run(
-            command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=left, check=False
-        )
-        said = (done.stdout.strip().splitlines() or [done.stderr])[-1]
+        start, done = time.monotonic(), finished(bench, command, **settings)
+        said = done.stdout.strip().splitlines()[-1] if done else "not over in its time: ask for `suite` alone"
         bench.say("suite", kernels=kernels, said=said, seconds=round(time.monotonic() - start))
-        if done.returncode:
-            raise SystemExit(done.stdout[-4000:] + done.stderr[-2000:])
+
+
+def finished(bench: Bench, command: list[str], **settings: str) -> subprocess.CompletedProcess[str] | None:
+    """Run a command, with these variables set; None where its time is up, a third of what is left beside other steps.
+
+    Ends the program where the command fails.
+    """
+    left = max((bench.until - time.monotonic()) / (1 if bench.alone else 3), 60)
+    how = dict(capture_output=True, text=True, env={**os.environ, **settings})
+    try:
+        done = subprocess.run(command, timeout=left, check=False, **how)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode:
+        raise SystemExit(done.stdout[-4000:] + done.stderr[-2000:])
+    return done
 
 
 def record(bench: Bench) -> None:
     """Write inputs, and what this GPU made of them; a word's tolerance is that of float32 sums of normal numbers."""
     random = np.random.default_rng(1)
-    folder = Path(tempfile.mkdtemp()) if bench.dry else KERNELS / "vectors"
-    folder.mkdir(exist_ok=True)
+    bench.vectors.mkdir(exist_ok=True)
     args = np.dtype([(name, np.int64) for name in ("a", "b", "out", "count")])
 
     def attempt(name: str, threads: int, a: Any, b: Any, start: Any, count: int, shared: int, tolerance: float) -> None:
@@ -229,7 +240,7 @@ def record(bench: Bench) -> None:
         bench.device.kernel("instructions.cu", name, arch=arch)(1, threads, given, shared)
         arrays = {"a": a, "start": start, "out": bench.device.fetch(there[2])} | ({} if b is None else {"b": b})
         how = {"threads": threads, "count": count, "shared": shared, "tolerance": tolerance}
-        np.savez_compressed(folder / f"{name}-{bench.capability}.npz", **arrays, **how)
+        np.savez_compressed(bench.vectors / f"{name}-{bench.capability}.npz", **arrays, **how)
         bench.say("record", name=name)
 
     for name, dtype in WARP.items():
@@ -243,6 +254,13 @@ def record(bench: Bench) -> None:
             attempt(f"nibs_try_group_{name}", 128, *sides, start, 0, 3 * 16384 + 8, 1e-4)
     x = random.uniform(-130, 0, 256).astype(np.float32)
     attempt("nibs_try_exp2", 256, x, None, np.zeros(256, np.float32), 256, 0, 1e-6)
+    words = random.integers(0, 2**32, 256, dtype=np.uint32)
+    offsets = (16 * random.permutation(64)[:32]).astype(np.int32)  # ldmatrix takes rows from anywhere
+    attempt("nibs_try_fragments", 32, words, offsets, np.zeros((32, 4), np.uint32), 0, 1024, 0.0)
+    low, high = 100 * random.standard_normal((2, 256)).astype(np.float32)
+    attempt("nibs_try_round_tf32", 256, low.view(np.uint32), None, np.zeros(256, np.uint32), 256, 0, 0.0)
+    for name in ("bfloat16", "float16"):
+        attempt(f"nibs_try_pack_{name}", 256, low, high, np.zeros(256, np.uint32), 256, 0, 0.0)
 
 
 # -- speed ----------------------------------------------------------------------------------------------
@@ -250,7 +268,11 @@ def record(bench: Bench) -> None:
 
 def speed(bench: Bench) -> None:
     """Time whole calls, loss and all gradients, by each family and several tile shapes."""
-    objectives = {"symmetric": (nibs.InfoNCE(), 4), "sigmoid": (nibs.Sigmoid(), 3)}
+    objectives = {
+        "symmetric": (nibs.InfoNCE(), 4, None),
+        "sigmoid": (nibs.Sigmoid(), 3, None),  # by the ampere family, where the scale wants a gradient
+        "sigmoid-fixed-scale": (nibs.Sigmoid(), 3, ("queries", "keys", "bias")),
+    }
     for dtype, kind in (("bfloat16", ml_dtypes.bfloat16), ("float32", np.float32)):
         names = ["general", "ampere"] if dtype == "float32" else bench.families()
         for d, shape in bench.tiles.items():
@@ -260,14 +282,16 @@ def speed(bench: Bench) -> None:
             queries, keys = (bench.array((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(kind)) for x in made)
             for name in names:
                 backend = CupyBackend(bench.device, name)
-                for what, (objective, products) in objectives.items():
+                for what, (objective, products, wrt) in objectives.items():
+                    if what == ("sigmoid" if name == "hopper" else "sigmoid-fixed-scale"):
+                        continue
                     for rows, columns in shapes_of(shape, general=name == "general"):
                         if time.monotonic() > bench.until:
                             return print("speed: no time left; ask for `speed` alone", flush=True)
                         plan = nibs.plan(n, n, d, dtype, objective=objective, query_tile=rows, key_tile=columns)
                         with named(backend):
                             ms = bench.milliseconds(
-                                whole(queries, keys, objective, plan), 3 if name == "general" else 10
+                                whole(queries, keys, objective, wrt, plan), 3 if name == "general" else 10
                             )
                         flops = 2.0 * n * n * d * products
                         ceiling = bench.ceilings.get((dtype, d))
@@ -283,9 +307,10 @@ def shapes_of(shape: tuple[int, int], *, general: bool) -> list[tuple[int, int]]
     return [shape, (shape[0] // 2, shape[1]), (8192, 8192), (16384, 16384)]
 
 
-def whole(queries: Any, keys: Any, objective: nibs.Objective, plan: Any) -> Callable[[], Any]:
+def whole(queries: Any, keys: Any, objective: nibs.Objective, wrt: Any, plan: Any) -> Callable[[], Any]:
     """Return one training step's loss as a call of no arguments."""
-    options = dict(scale=14.3, bias=-5.0, objective=objective, precision="high", plan=plan, backend="under-test")
+    options = dict(scale=14.3, bias=-5.0, objective=objective, wrt=wrt, precision="high", plan=plan)
+    options |= dict(backend="under-test")
     return lambda: nibs.contrastive_loss_and_grad(queries, keys, **options)
 
 
@@ -349,11 +374,9 @@ def sanitize(bench: Bench) -> None:
         return bench.say("sanitize", said="compute-sanitizer is not installed")
     for which in ("memcheck", "racecheck"):
         command = [tool, "--tool", which, "--error-exitcode", "9", sys.executable, __file__, "check"]
-        left = max(bench.until - time.monotonic(), 60)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
-        bench.say("sanitize", tool=which, status=done.returncode, said=done.stdout.strip().splitlines()[-1:])
-        if done.returncode:
-            raise SystemExit(done.stdout[-4000:])
+        done = finished(bench, command)
+        said = done.stdout.strip().splitlines()[-1:] if done else "not over in its time: ask for `sanitize` alone"
+        bench.say("sanitize", tool=which, said=said)
 
 
 def rings(bench: Bench) -> None:
@@ -383,9 +406,10 @@ def main(given: list[str] | None = None) -> None:
     asked = parser.parse_args(given)
     if unknown := [step for step in asked.steps if step not in STEPS]:
         parser.error(f"no step {unknown[0]!r}: expected some of {', '.join(STEPS)}")
-    bench = Bench(asked.dry)
+    bench, steps = Bench(asked.dry), asked.steps or [name for name in STEPS if name not in BY_NAME_ONLY]
+    bench.alone = len(steps) == 1
     try:
-        for step in asked.steps or [name for name in STEPS if name not in BY_NAME_ONLY]:
+        for step in steps:
             if time.monotonic() > bench.until:
                 print(f"{step}: no time left; ask for it alone", flush=True)
                 continue
