@@ -44,7 +44,7 @@ DTYPES = {
 }
 SMALL = ("int8", "uint8", "int16", "uint16", "int32")
 
-ARRAYS = tuple(field for field in Inputs._fields)
+ARRAYS = Inputs._fields
 
 jax.tree_util.register_dataclass(Gradients, data_fields=list(WRT), meta_fields=[])
 jax.tree_util.register_dataclass(

@@ -5,7 +5,8 @@
     hops of the ring                           the first (home) and the last traced apart, lax.scan between
 
 The last tile of a side begins early enough to be whole, and masks the rows that it shares with the tile
-before it: nothing is padded, copied or divided. A single tile runs without any loop.
+before it: nothing is padded, copied or divided. Those rows are computed twice, so tiles are as planned or
+smaller, such that they share few. A single tile runs without any loop.
 
 How a call runs, step by step, is the table in `nibs.schedule`; which sweep, `nibs.plan`. The formulas are
 those of `nibs.spec`. Requests come validated. Values cannot be looked at in a trace, so a bad row (a target
@@ -28,6 +29,8 @@ from nibs_jax.ring import Ring, varies, vary
 from nibs_jax.tiles import Lse, Rules, Tile, Weights, merge_lse, products, tile_grad, tile_lse, where_rows
 
 __all__ = ["Call", "Inputs"]
+
+GRAIN = 16  # tiles are multiples of so many rows, which processors multiply best
 
 
 class Inputs(NamedTuple):
@@ -75,6 +78,12 @@ class Found(NamedTuple):
     keys: Any
     product: Any
     weight: Any
+
+
+def even(step: int, length: int) -> int:
+    """Rows of a tile: at most `step`, cut so that as many tiles as that makes share few of the `length` rows."""
+    whole = -(-length // -(-length // step))
+    return min(step, -(-whole // GRAIN) * GRAIN, length)
 
 
 def place(index: Any, step: int, length: int) -> Place:
@@ -157,7 +166,7 @@ class Call:
         )
         self.by_columns = self._outer()
         n, m = request.n, request.m
-        self.steps = max(1, min(plan.query_tile, n)), max(1, min(plan.key_tile, m))
+        self.steps = even(plan.query_tile, max(1, n)), even(plan.key_tile, max(1, m))
         self.counts = (-(-n // self.steps[0]), -(-m // self.steps[1])) if n and m else (0, 0)
         self.tile_columns = vary(self.over, jnp.arange(self.steps[1], dtype=jnp.int32))  # before any loop: see Tile
         self._look_for_poison()
@@ -208,11 +217,9 @@ class Call:
             valid = jnp.broadcast_to(targets < m, (n,))
         else:
             given = inputs.targets
-            if given.dtype.itemsize < 4:
-                given = given.astype(jnp.int32)
             valid = (given >= 0) & (given < m)
             targets = jnp.where(valid, given, 0).astype(jnp.int32)
-            wrong = ~valid if jnp.issubdtype(given.dtype, jnp.unsignedinteger) else ~valid & (given != -1)
+            wrong = ~valid & (given != -1)
             if self.rules.exclude_self:
                 wrong = wrong | (valid & (targets == index))
             if inputs.query_mask is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_checks import close, dense, rows
+from jax_checks import close, dense, equations, rows
 
 import nibs
 import nibs_jax
@@ -123,6 +124,51 @@ def test_a_trace_for_another_device_than_the_first_is_planned_for_that_one(monke
 def test_kernels_that_nobody_has_are_refused() -> None:
     with pytest.raises(InvalidInput, match="'xla'"), nibs_jax.kernels("metal"):
         pass
+
+
+class Pool:
+    """What an arena needs of CuPy: pointers into memory of another's, and a pool of its own."""
+
+    def __init__(self) -> None:
+        self.cuda, self.beyond = self, []
+
+    def UnownedMemory(self, pointer: int, size: int, owner: Any) -> Any:
+        return SimpleNamespace(ptr=pointer, size=size, owner=owner)
+
+    def MemoryPointer(self, memory: Any, offset: int) -> Any:
+        return memory
+
+    def get_default_memory_pool(self) -> Any:
+        return SimpleNamespace(malloc=self.beyond.append)
+
+
+def test_on_a_gpu_the_eager_backend_works_in_xlas_memory_and_beyond_it_in_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Pool()
+    monkeypatch.setitem(sys.modules, "cupy", pool)
+    arena = foreign.Arena(SimpleNamespace(nbytes=4096, data=SimpleNamespace(ptr=10_000)))
+    first, second, third = (arena.allocate(size) for size in (1, 1000, 2560))
+    assert [(one.ptr, one.size) for one in (first, second, third)] == [(10_000, 512), (10_512, 1024), (11_536, 2560)]
+    arena.allocate(1)
+    assert pool.beyond == [512]
+    del first, third  # not neighbours: what lies between them is still held
+    arena.allocate(2561)
+    assert pool.beyond == [512, 3072]
+    del second
+    assert arena.allocate(4096).ptr == 10_000  # the pieces are one again
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_on_a_gpu_the_workspace_is_a_result_of_the_call(stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = nibs.registry.registry.load("jax")
+    monkeypatch.setattr(type(backend), "_kind", lambda self, request: "cuda")
+    monkeypatch.setattr(foreign, "choose", lambda request, *, alone: "numpy")
+    monkeypatch.setattr(foreign, "_register", lambda device: None)
+    queries, keys = rows(300, 300)
+    traced = jax.make_jaxpr(lambda q, k: nibs.contrastive_loss(q, k, stats=stats))(queries, keys)
+    (call,) = [one for one, _ in equations(traced.jaxpr) if one.primitive.name == "ffi_call"]
+    assert call.outvars[-1].aval.dtype == jnp.uint8 and call.outvars[-1].aval.size > 300 * 300 * 4
 
 
 def test_the_environment_chooses() -> None:
