@@ -1,9 +1,9 @@
 """One loss, nibs beside dense: peak memory, time of a step, and whether the numbers agree. On a CPU.
 
 A step is the symmetric loss with its gradients for both sides and the scale: in PyTorch, or with `--backend jax` in
-JAX under jit, dense as well. Each loss runs in a process of
-its own, and its peak is what the operating system saw above the inputs and the returned gradients: a figure
-that no allocator can flatter. To measure by hand, give a file with `queries` and `keys`:
+JAX under jit, dense as well. Each loss runs in a process of its own, and its peak is what the operating system saw
+above the inputs and the returned gradients: a figure that no allocator can flatter. To measure by hand, give a file
+with `queries` and `keys`:
 
     python examples/compare.py nibs pairs.npz --backend torch
 """

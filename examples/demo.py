@@ -5,8 +5,8 @@
 With `--backend jax` the model, its training and the loss are JAX's, one jitted function; any other backend of nibs
 serves the loss of a model in PyTorch. Prints how well pictures and names that were never trained on find each other,
 what the loss cost beside the dense one, and the same for 24,610 icons, where a dense similarity matrix takes 2.4 GB.
-Writes two pictures and the figures as JSON. About two minutes on two cores. What it needs is in
-examples/requirements.txt, and in examples/requirements-jax.txt.
+Writes two pictures and the figures as JSON. About two minutes on two cores; JAX wants `--seconds-limit 180` for all
+steps, and four. What it needs is in examples/requirements.txt, and in examples/requirements-jax.txt.
 """
 
 from __future__ import annotations
@@ -188,6 +188,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
         side, held_out = side_of(data, features, data.train), side_of(data, features, data.held_out)
     bases = len({data.emoji[row].base for row in data.held_out})
     count, tested = len(data.train), len(data.held_out)
+    framework = "JAX" if options.backend == "jax" else "PyTorch"
+    console.print(f"the model and its training in {framework}, the loss by nibs' backend {options.backend or 'torch'}")
     console.print(
         f"{len(data.emoji):,} emoji: {count:,} trained on as one batch, {tested} of {bases} other bases held out"
     )

@@ -76,11 +76,16 @@ def side_of(data: EmojiData, features: TextFeatures, rows: np.ndarray) -> Side:
     )
 
 
-def emoji_loss(queries: Tensor, keys: Tensor, scale: Tensor, ids: Tensor, **options: Any) -> Any:
-    """Compute symmetric InfoNCE in which equal pictures are not each other's negatives; options go to nibs."""
+def pair_loss(queries: Any, keys: Any, scale: Any, ids: Any, **options: Any) -> Any:
+    """Compute symmetric InfoNCE in which equal pictures are not each other's negatives, in any framework of nibs."""
     objective = nibs.InfoNCE(same_id="exclude")
-    ids = ids.int().to(queries.device)  # a few thousand: 32 bits do, and JAX holds no 64 unless told to
     return nibs.contrastive_loss(queries, keys, scale=scale, objective=objective, query_ids=ids, key_ids=ids, **options)
+
+
+def emoji_loss(queries: Tensor, keys: Tensor, scale: Tensor, ids: Tensor, **options: Any) -> Any:
+    """Compute that of tensors; options go to nibs."""
+    ids = ids.int().to(queries.device)  # a few thousand: 32 bits do, and JAX holds no 64 unless told to
+    return pair_loss(queries, keys, scale, ids, **options)
 
 
 def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:

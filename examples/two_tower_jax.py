@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from emoji_task import pair_loss
 from jax import lax
 from two_tower import LARGEST_SCALE
-
-import nibs
 
 MOMENTUM = 0.1  # of the running means, as in PyTorch
 EPSILON = 1e-5
@@ -42,9 +41,8 @@ def initial(key: jax.Array, text_width: int, dim: int, channels: int = 48, scale
         "hidden": (text_width, 2 * dim),
         "text": (2 * dim, dim),
     }
-    parameters: Tree = {
-        "log_scale": jnp.asarray(np.log(scale), jnp.float32)
-    }  # a dtype of its own: a weak one recompiles
+    # A dtype of its own: a weak one would have the second step compiled again.
+    parameters: Tree = {"log_scale": jnp.asarray(np.log(scale), jnp.float32)}
     running: Tree = {}
     for (name, shape), one in zip(layers.items(), jax.random.split(key, 2 * len(layers)).reshape(-1, 2), strict=True):
         fan_in, out = int(np.prod(shape[:-1])), shape[-1]
@@ -148,11 +146,7 @@ def step(
         of_pictures, of_texts = jax.random.split(key)
         queries, after = picture_tower(parameters, running, pictures, of_pictures)
         keys = text_tower(parameters, texts, of_texts)
-        objective = nibs.InfoNCE(same_id="exclude")  # equal pictures are not each other's negatives
-        value = nibs.contrastive_loss(
-            queries, keys, scale=learned_scale(parameters), objective=objective, query_ids=ids, key_ids=ids
-        )
-        return value, after
+        return pair_loss(queries, keys, learned_scale(parameters), ids), after
 
     (value, running), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
     updates, state = ADAM.update(gradients, state, parameters)
