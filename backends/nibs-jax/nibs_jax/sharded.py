@@ -70,7 +70,7 @@ class Split:
         diagonal = request.targets is None and request.objective.same_id != "positive"
         if diagonal and n != m:  # else query i and key i would lie on different ranks
             n = m
-        self.n, self.m = (-(-rows // self.size) * self.size for rows in (n, m))
+        self.n, self.m = (max(1, -(-rows // self.size)) * self.size for rows in (n, m))  # XLA shards no empty array
         self.rows = PartitionSpec(self.axes)
         self.names = [name for name in (*ROWS, "scale", "bias") if is_array(getattr(request, name))]
         for name, length, given in (("query_mask", self.n, request.n), ("key_mask", self.m, request.m)):

@@ -119,6 +119,12 @@ def test_globally_sharded_arrays_need_no_shard_map(mesh: Any, n: int) -> None:
     assert stats.count == n and stats.query_lse.shape == (n,) and stats.plan.ring_size == 4
 
 
+def test_no_rows_at_all_are_a_loss_of_zero_on_a_mesh_too(mesh: Any) -> None:
+    queries, keys = (jax.device_put(side, NamedSharding(mesh(2), ROWS)) for side in rows(0, 0))
+    value, gradients = nibs.contrastive_loss_and_grad(queries, keys, ring="data")
+    assert value == 0 and gradients.queries.shape == gradients.keys.shape == (0, 8) and gradients.scale == 0
+
+
 def test_targets_of_whole_arrays_are_rows_of_the_whole(mesh: Any) -> None:
     queries, keys = rows(8, 8)
     targets = jnp.asarray([1, 0, 3, 2, 5, 4, 7, 6])
