@@ -441,7 +441,7 @@ static inline void warpgroup_together(Work work, const char* file = __builtin_FI
     char nothing = 0;
     nibs_host::together_of(nibs_host::warpgroup() * 128, 128, nothing, [&](char* const*) { work(nibs_host::asynchronous().warpgroups[nibs_host::warpgroup()]); }, 0, file, line);
 }
-static inline void group_fence(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+static inline void group_fence(float (&)[128], const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     warpgroup_together([](nibs_host::Asynchronous::Warpgroup& group) { group.fenced = true; }, file, line);
 }
 static inline void group_commit(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

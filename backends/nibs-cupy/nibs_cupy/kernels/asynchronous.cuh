@@ -163,7 +163,13 @@ NIBS_DEVICE u64 panel_descriptor(const void* panel) {
     return ((shared_address(panel) & 0x3ffff) >> 4) | (u64(1) << 16) | (u64(64) << 32) | (u64(1) << 62);
 }
 
-NIBS_DEVICE void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// wgmma.fence: what has been written to the sums is seen by the products that follow. Naming them keeps the compiler from
+// moving such a write, of a zero say, behind it.
+NIBS_DEVICE void group_fence(float (&c)[128]) {
+    NIBS_UNROLL
+    for (int i = 0; i < 128; i++) asm volatile("" : "+f"(c[i])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 NIBS_DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most PENDING committed groups are under way. With 0 the sums may be read: naming them keeps the compiler
 // from moving a read up.

@@ -105,7 +105,7 @@ NIBS_DEVICE void hopper_tiles(const Args& args, u8* shared, const Wanted& wanted
                 const u8* panels = shared + stage * STAGE;
                 signal_wait(&rest.full[stage], (slab / STAGES & 1));
                 const u64 a = panel_descriptor(panels + mine * (PANEL / 2)), b = panel_descriptor(panels + PANEL);
-                group_fence();
+                group_fence(s);
                 NIBS_UNROLL
                 for (int step = 0; step < 4; step++) multiply_group(Format(), s, a + 2 * step, b + 2 * step);
                 group_commit();

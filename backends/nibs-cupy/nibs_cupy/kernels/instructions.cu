@@ -51,7 +51,7 @@ NIBS_DEVICE void try_group(const TryArgs& args, u8* shared) {
     NIBS_UNROLL
     for (int i = 0; i < 128; i++) c[i] = 0.0f;
     const u64 a = panel_descriptor(shared), b = panel_descriptor(shared + 16384);
-    group_fence();
+    group_fence(c);
     NIBS_UNROLL
     for (int step = 0; step < 4; step++) multiply_group(Format(), c, a + 2 * step, b + 2 * step);
     group_commit();

@@ -81,7 +81,7 @@ NIBS_KERNEL(faulty_products, FaultArgs, 384) {
         u64 a = panel_descriptor(panels), b = panel_descriptor(panels + PANEL);
         if (fault == WRONG_SWIZZLE) b = (b & ~((u64)3 << 62)) | (u64)2 << 62;  // 64 bytes wide
         if (fault == WRONG_STRIDE) b -= (u64)1 << 32;
-        if (fault != NO_GROUP_FENCE) group_fence();
+        if (fault != NO_GROUP_FENCE) group_fence(c);
         NIBS_UNROLL
         for (int step = 0; step < 4; step++) multiply_group(Bfloat16(), c, a + 2 * step, b + 2 * step);
         group_commit();
@@ -111,7 +111,7 @@ NIBS_KERNEL(faulty_shown, FaultArgs, 128) {
     float c[128];
     NIBS_UNROLL
     for (int i = 0; i < 128; i++) c[i] = 0.0f;
-    group_fence();
+    group_fence(c);
     NIBS_UNROLL
     for (int step = 0; step < 4; step++)
         multiply_group(Bfloat16(), c, panel_descriptor(shared) + 2 * step, panel_descriptor(shared + 16384) + 2 * step);
