@@ -57,13 +57,11 @@ def test_a_spill_is_seen() -> None:
 
 
 def test_serialised_wgmma_is_seen() -> None:
-    """A loop of unknown length over one sum: the compiler waits after each instruction, and says so in a remark."""
+    """A sum that is touched between two instructions: the compiler waits after each, and says so in a remark."""
     source = flattened("instructions.cu")
-    before = "for (int step = 0; step < 4; step++) multiply_group"
-    assert before in source
-    kernels = compile_source(
-        source.replace(before, "for (int step = 0; step < args.count; step++) multiply_group"), "sm_90a"
-    )
+    before = "multiply_group(Format(), c, a + 2 * step, b + 2 * step);"
+    assert source.count(before) == 1
+    kernels = compile_source(source.replace(before, f"{{ {before} c[step] += 1.0f; }}"), "sm_90a")
     found = [fault for kernel in kernels for fault in faults(kernel, "sm_90a")]
     assert any("serialized" in fault for fault in found)
 
