@@ -30,6 +30,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-1, maxval=1) / fan_in**0.5
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def initial(key: jax.Array, text_width: int, dim: int, channels: int = 48, scale: float = 14.0) -> tuple[Tree, Tree]:
     """Return the parameters of both towers and the scale, and the running means of the norms."""
     wide = 2 * channels

@@ -24,15 +24,16 @@ def toy(pairs: int = 24) -> Side:
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_the_demo_trains_in_either_framework(backend: str) -> None:
+def test_the_demo_trains_in_either_framework(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "jax":
         pytest.importorskip("optax")
+    monkeypatch.setattr(demo, "moved", lambda pictures, generator: pictures)  # noise that moves is other noise
     torch.manual_seed(0)
-    side, options = toy(), argparse.Namespace(seed=0, steps=16, seconds_limit=100.0, backend=backend)
+    side, options = toy(), argparse.Namespace(seed=0, steps=8, seconds_limit=100.0, backend=backend)
     model = demo.learner(backend, 0)
     curves, _ = demo.train(model, side, side, options, Console(quiet=True))
-    assert len(curves.loss) == 16
-    assert np.mean(curves.loss[-3:]) < 0.95 * curves.loss[0]
+    assert len(curves.loss) == 8
+    assert curves.loss[-1] < 0.5 * curves.loss[0]
     assert type(model).__module__ == {"torch": "demo", "jax": "two_tower_jax"}[backend]
 
 
@@ -82,7 +83,8 @@ def test_the_running_means_are_those_of_pytorch() -> None:
     parameters, running = jax.tree.map(lambda tensor: tensor.detach().numpy().copy(), weights_of(ours))
     with torch.no_grad():
         ours.encode_pictures(side.pictures)
-    _, after = two_tower_jax.picture_tower(parameters, running, side.pictures.numpy(), jax.random.key(0))
+    tower = jax.jit(two_tower_jax.picture_tower)  # one program, and not one for each operation
+    _, after = tower(parameters, running, side.pictures.numpy(), jax.random.key(0))
     for want, got in zip(jax.tree.leaves(weights_of(ours)[1]), jax.tree.leaves(after), strict=True):
         np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
 
