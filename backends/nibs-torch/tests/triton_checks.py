@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import nibs
+from nibs.errors import InvalidInput
 from nibs_torch import fused
 from nibs_torch.fused import FusedTiles
 from nibs_torch.kernels import lse, rows, sigmoid, tuning, weights
@@ -210,6 +211,16 @@ def test_a_measured_choice_comes_before_the_table(tmp_path: Any, monkeypatch: py
     assert tuning.config(card, "lse", 2) == slowest
     assert tuning.config(card, "weights", 2) == tuning.choices("sm_90", "weights", 2)[0]
     tuning._cache.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a card": {"rows": 128, "colour": 3}}', '{"a card": 128}'])
+def test_a_file_that_holds_no_choices_is_named(text: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tuning.json"
+    path.write_text(text)
+    monkeypatch.setenv("NIBS_TUNING", str(path))
+    tuning._cache.cache_clear()
+    with pytest.raises(InvalidInput, match=r"tuning\.json holds no tuning results"):
+        tuning.config(tuning.Card("a card", "sm_90", 132, 227 * 1024), "lse", 2)
 
 
 def test_a_card_with_little_shared_memory_gets_a_tile_that_fits() -> None:

@@ -150,7 +150,7 @@ def config(card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool
     """What was measured on this card, else the first choice that fits it."""
     kept = None if busy or kind else _cache().get(_key(card, kernel, item, ieee))
     if kept is not None:
-        return Config(**kept)
+        return kept
     found = choices(card.arch, kernel, item, ieee=ieee, busy=busy, kind=kind)
     return next((one for one in found if shared_bytes(one, item) <= card.shared), found[-1])
 
@@ -207,13 +207,13 @@ def cache_path() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _cache() -> dict[str, dict[str, Any]]:
+def _cache() -> dict[str, Config]:
     path = cache_path()
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, OSError) as error:
+        return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
+    except (ValueError, OSError, TypeError, AttributeError) as error:
         from nibs.errors import InvalidInput
 
         raise InvalidInput(f"{path} holds no tuning results ({error}): remove it, or tune again.") from error
@@ -242,9 +242,9 @@ def tune(
         raise RuntimeError(f"no configuration of {kernel} runs on {card.name}")
     times = dict(sorted(times.items(), key=lambda each: each[1]))
     path = cache_path()
-    kept = {**_cache(), _key(card, kernel, item, ieee): asdict(next(iter(times)))}
+    kept = {**_cache(), _key(card, kernel, item, ieee): next(iter(times))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps({key: asdict(one) for key, one in kept.items()}, indent=1, sort_keys=True) + "\n")
     _cache.cache_clear()
     return times
 
