@@ -122,7 +122,7 @@ def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: 
 
     card = tuning.card_of(torch.device(device))
     item = DTYPES[dtype].itemsize
-    kinds = [(name, kind) for name in ("lse", "weights", "sigmoid") for kind in ("", "ragged")]
+    kinds = [(name, kind) for name in ("lse", "weights", "sigmoid") for kind in ("", "ragged", "loose")]
     least, least_busy = (
         min(
             min(one.rows, one.columns)
@@ -239,7 +239,7 @@ class FusedTiles(TorchTiles):
         """
         if self.dtype == torch.float32 or problem.multi or problem.sums or problem.margin is not None:
             return plan.key_tile
-        each = [self.tuning.config(self.card, "lse", self.item, kind=kind) for kind in ("", "ragged")]
+        each = [self.tuning.config(self.card, "lse", self.item, kind=kind) for kind in ("", "ragged", "loose")]
         sums = max(8 / one.rows + 8 / one.columns for one in each)  # bytes a pair
         return plan.key_tile * max(1, int(self.item / sums))
 
@@ -545,7 +545,10 @@ class FusedTiles(TorchTiles):
         if kernel == "sigmoid":  # where masks take as many registers as edges do
             ragged = ragged or tile.query_mask is not None or tile.key_mask is not None
         kind = "kept" if kept else "ragged" if ragged else ""
-        return self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, kind=kind)
+        found = self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, kind=kind)
+        if found.descriptors and not self._described(found, tile):
+            return self.tuning.config(self.card, kernel, self.item, kind="loose")
+        return found
 
     def _counts(self, tile: Tile, config: Any) -> dict[str, int]:
         rows, columns = tile.queries.shape[0], tile.keys.shape[0]
@@ -628,7 +631,7 @@ class FusedTiles(TorchTiles):
 
     def _small(self, kernel: str, config: Any) -> dict[str, Any]:
         """The small tiles in which a kernel goes through tiles of `config`."""
-        small = self.tuning.SMALL[kernel]
+        small = self.tuning.small(kernel, config)
         return {
             "BM": config.rows,
             "BN": config.columns,

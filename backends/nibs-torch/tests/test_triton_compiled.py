@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pretended_gpu import CARDS, Launch, calls, compiled
 from triton.backends.compiler import GPUTarget
 
 import nibs
-from nibs_torch.kernels import tuning
+from nibs_torch.kernels import tuning, weights
 
 # By architecture: its target, and the instructions that say that products go to tensor cores. Registers end at 255
 # everywhere: what does not fit is spilled, and counted.
@@ -45,7 +46,9 @@ LARGE = {"lse", "weights", "sigmoid"}
 WHOLE, CUT, KEPT, D = 16384, 16400, 1024, 128  # rows: more than keep their logits, the same cut off, and few
 
 
-def launched(card: str, patch: pytest.MonkeyPatch, n: int = WHOLE, dtype: str = "bfloat16", **options: Any) -> Any:
+def launched(
+    card: str, patch: pytest.MonkeyPatch, n: int = WHOLE, d: int = D, dtype: str = "bfloat16", **options: Any
+) -> Any:
     """A step's launches by kernel, the last of each: where rows are cut off, one that is.
 
     options: of the call; dtypes stand for vectors of theirs.
@@ -55,7 +58,7 @@ def launched(card: str, patch: pytest.MonkeyPatch, n: int = WHOLE, dtype: str = 
         return torch.empty(n, dtype=kind, device="cuda")
 
     with calls(CARDS[card], patch) as launches:
-        rows = [torch.empty(n, D, dtype=getattr(torch, dtype), device="cuda", requires_grad=True) for _ in range(2)]
+        rows = [torch.empty(n, d, dtype=getattr(torch, dtype), device="cuda", requires_grad=True) for _ in range(2)]
         scale = torch.empty((), device="cuda", requires_grad=True)
         given = {name: vector(value) if isinstance(value, torch.dtype) else value for name, value in options.items()}
         nibs.contrastive_loss(*rows, scale=scale, **given)
@@ -76,7 +79,18 @@ def hold_to_limits(launch: Launch, card: str, patch: pytest.MonkeyPatch, folder:
         if products:
             assert not re.search(r"\b(LDL|STL)\b", code[products[0] : products[-1]])
     assert bool(re.search(instruction, code)) == cores
+    # A logit is made in several kernels, and has to be one number: the sums of the older instruction are others.
+    assert instruction == r"\bHMMA\." or not re.search(r"\bHMMA\.", code)
     return built, code
+
+
+def rounds_its_logits(built: Any, pairs: int) -> bool:
+    """Whether each of a thread's `pairs` logits is a fused product and sum as it is written, with 0 for its sum, and
+    nothing else is multiplied by the scale.
+    """
+    scales = re.findall(r"fma\.rn\.f32\s+\S+, \S+, (\S+), 0f00000000;", built.asm["ptx"])
+    used = re.findall(r"(?:fma\.rn|mul(?:\.rn)?)\.f32\s+\S+, (\S+), (\S+?)[,;]", built.asm["ptx"])
+    return len(scales) >= pairs and sum(bool({*one} & {*scales}) for one in used) == len(scales)
 
 
 def machine_code(built: Any, folder: Path) -> str:
@@ -112,15 +126,31 @@ def test_the_large_kernels_of_a_step_fit_their_card(
             assert (flags["BM"], flags["BN"], flags["PERSISTENT"], flags["enable_fp_fusion"]) == (128, 256, True, True)
             assert "UTMALDG" in code
             assert code.count("MUFU.EX2") <= 1.1 * 128  # each of 256 threads has 128 pairs
+            assert name == "sigmoid" or rounds_its_logits(built, 128)
 
 
+@triton.jit
+def unrounded(acc, scale, bias):  # type: ignore[no-untyped-def]
+    return acc * scale
+
+
+def test_a_logit_that_is_fused_into_its_shift_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = launched("sm_90", monkeypatch)["weights"]
+    monkeypatch.setattr(weights, "logit", unrounded)
+    for one in (weights.shared, weights.part_weights, weights.weights_tile, weights.weights):
+        monkeypatch.setattr(one, "hash", None)  # else Triton takes their sources for unchanged
+    monkeypatch.setattr(launch.kernel, "device_caches", defaultdict(launch.kernel.create_binder))
+    assert not rounds_its_logits(compiled(launch, TARGETS["sm_90"][0], monkeypatch), 128)
+
+
+@pytest.mark.parametrize("d", [D, D + 1], ids=["fetched", "loose"])
 @pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.Sigmoid()], ids=["infonce", "sigmoid"])
 def test_kernels_whose_tiles_are_cut_off_fit_too(
-    objective: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: Any, d: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, launch in launched("sm_90", monkeypatch, n=CUT, objective=objective).items():
+    for name, launch in launched("sm_90", monkeypatch, n=CUT, d=d, objective=objective).items():
         if name in LARGE:
-            assert launch.named["RAGGED"]
+            assert launch.named["RAGGED"] and launch.named["DESC"] == (d == D)
             hold_to_limits(launch, "sm_90", monkeypatch, tmp_path)
 
 
@@ -128,9 +158,10 @@ def test_every_other_kernel_of_a_step_fits_too(tmp_path: Path, monkeypatch: pyte
     found = launched("sm_90", monkeypatch, dtype="float16")
     assert found.keys() - LARGE == {"poison", "repair", "fold", "wide", "lift", "product"}
     for name in found.keys() - LARGE:
-        # In its small tiles Hopper's own instruction has no place.
-        card, cores = ("sm_90", True) if name == "product" else ("sm_80", name in ("repair", "wide"))
-        hold_to_limits(found[name], card, monkeypatch, tmp_path, cores=cores)
+        cores = name in ("product", "repair", "wide")
+        built, _ = hold_to_limits(found[name], "sm_90", monkeypatch, tmp_path, cores=cores)
+        if name in ("repair", "wide"):
+            assert rounds_its_logits(built, 16)  # each of 256 threads has 16 pairs of 64 x 64
 
 
 def test_kernels_that_keep_logits_fit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

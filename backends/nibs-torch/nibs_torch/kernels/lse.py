@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, permitted, place, present, target_of, within
+from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, logit, permitted, place, present, target_of, within
 
 __all__ = ["COLUMN_FIELDS", "LIFT", "LOW", "ROW_FIELDS", "fields", "fold", "lse", "plain_lse", "repair"]
 
@@ -124,7 +124,7 @@ def lse_tile(
     if KEPT is not None:
         at = KEPT + om[:, None].to(tl.int64) * sp + on[None, :]
         tl.store(at, acc, mask=row_in[:, None] & column_in[None, :])
-    s = acc * tl.load(SCALE)
+    s = logit(acc, tl.load(SCALE), 0.0)
     if DESIGNATED != 0 and not MULTI:
         held = (target >= column) & (target < column + BN)
         if tl.max(held.to(tl.int32), 0) != 0:
@@ -226,7 +226,7 @@ def seen(
             ok = within(acc, tl.load(QLIM + om, mask=om < rows, other=0.0), hit, ok, 1)
         else:
             ok = within(acc, tl.load(KLIM + on, mask=on < columns, other=0.0), hit, ok, 0)
-    return tl.where(ok, acc * tl.load(SCALE), -INFINITY)
+    return tl.where(ok, logit(acc, tl.load(SCALE), 0.0), -INFINITY)
 
 
 @triton.jit(do_not_specialize=COUNTS)

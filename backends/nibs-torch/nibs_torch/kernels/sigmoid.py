@@ -26,7 +26,19 @@ import triton
 import triton.language as tl
 
 from nibs_torch.kernels.rows import narrow, to_tf32
-from nibs_torch.kernels.tile import COUNTS, LOG2E, PART, dots, joined, parts, permitted, place, quarters, target_of
+from nibs_torch.kernels.tile import (
+    COUNTS,
+    LOG2E,
+    PART,
+    dots,
+    joined,
+    logit,
+    parts,
+    permitted,
+    place,
+    quarters,
+    target_of,
+)
 
 __all__ = ["plain_sigmoid", "sigmoid"]
 
@@ -51,7 +63,7 @@ def signed(
         mine = tl.load(QID + om, mask=om < rows, other=0)
         theirs = tl.load(KID + on, mask=on < columns, other=0)
         found = (mine[:, None] == theirs[None, :]) | found
-    s = acc * scale + bias
+    s = logit(acc, scale, bias)
     return tl.where(found, -s, s), ok, found
 
 

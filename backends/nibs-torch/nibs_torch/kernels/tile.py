@@ -24,6 +24,7 @@ __all__ = [
     "PART",
     "dots",
     "joined",
+    "logit",
     "parts",
     "permitted",
     "place",
@@ -86,6 +87,17 @@ def dots(
             qs += BK * sq1
             ks += BK * sk1
     return acc
+
+
+@triton.jit
+def logit(acc, scale, bias):
+    """`s = scale acc + bias`, rounded once, in every kernel alike: a fused product and sum is left as it is written.
+
+    Written `acc * scale`, it is rounded where it is used twice, and fused, unrounded, into the subtraction of a shift
+    where it is used once. Then an lse holds one number and its weight another: half a digit apart, exp(0.25) for logits
+    in the millions.
+    """
+    return tl.fma(acc, scale, bias)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class Card:
 # By kernel, the best guess first; `tune` times them all. Halves: 2-byte elements; the rest: float32. After a kernel's
 # own choices come those that fit any card. Ragged: tiles cut off at an edge, whose masks take registers. Busy: kernels
 # with ids, a margin, exclusions or statistics compiled in, which take more of them. Kept: logits are stored, in
-# float32, on their way through shared memory; weights from kept logits have no products to be fast at.
+# float32, on their way through shared memory; weights from kept logits have no products to be fast at. Loose: rows that
+# the copy engine cannot fetch, for they do not lie on 16-byte steps; every address of theirs is worked out.
 #
 # Hopper, whose copies come through descriptors: an SM reads its operands from the L2 cache, 64 flops for each byte in
 # tiles of 128 x 128 and 85 at 128 x 256; at 64, every SM at full rate would read 12 TB/s. So tiles of 128 x 256 come
@@ -76,6 +77,7 @@ AMPERE = {
     "weights ragged": (Config(128, 64, 32, 8, 3),),
     "product": (Config(128, 128, 32, 8, 3),),
 }
+LOOSE = (Config(128, 128, 32, 8, 3),)
 HALVES: dict[str, Choices] = {
     "sm_80": AMPERE,
     "sm_89": AMPERE,
@@ -89,6 +91,7 @@ HALVES: dict[str, Choices] = {
             Config(256, 128, 64, 8, 3, True, 1),
         ),
         "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
+        "lse loose": LOOSE,
         "lse kept": (Config(128, 128, 64, 8, 3, True, 1),),
         "weights": (
             Config(128, 256, 64, 8, 3, True, 1),
@@ -98,6 +101,7 @@ HALVES: dict[str, Choices] = {
             Config(128, 128, 64, 4, 3, True, 2),
         ),
         "weights ragged": (Config(128, 128, 64, 8, 3, True, 1),),
+        "weights loose": LOOSE,
         "sigmoid": (
             Config(128, 256, 64, 8, 3, True, 1),
             Config(128, 128, 64, 8, 3, True, 1),
@@ -105,6 +109,7 @@ HALVES: dict[str, Choices] = {
             Config(128, 64, 64, 8, 4, True, 1),
         ),
         "sigmoid ragged": (Config(128, 64, 64, 8, 4, True, 1),),
+        "sigmoid loose": LOOSE,
         "product": (Config(128, 128, 64, 8, 3),),
     },
     "sm_100": {
@@ -119,7 +124,9 @@ FLOATS: dict[str, Choices] = {arch: {"*": (Config(128, 64, 32, 8, 3),)} for arch
 SAFE = (Config(64, 64, 32, 8, 2), Config(32, 32, 32, 4, 2))
 IEEE = (Config(64, 64, 16, 8, 2),)  # products without tensor cores
 INTERPRETER = (Config(32, 64, 32, 4, 1),)
-SMALL = {"repair": Config(32, 32, 32, 4, 3), "wide": Config(32, 32, 32, 4, 2)}  # they divide every tile above
+# The small tiles in which `repair` and `wide` go through a tile. As large as the instructions that Hopper and Blackwell
+# multiply large tiles with: smaller ones would be multiplied by the older instruction, whose sums are not the same.
+SMALL = {"repair": Config(64, 64, 32, 8, 3), "wide": Config(64, 64, 32, 8, 2)}
 
 
 def choices(
@@ -127,7 +134,8 @@ def choices(
 ) -> tuple[Config, ...]:
     """Configurations for elements of `item` bytes, first choice first.
 
-    arch: as in `Card`. kind: `"ragged"`, or `"kept"` where an lse leaves its logits, or weights are made from them.
+    arch: as in `Card`. kind: `"ragged"`, `"loose"`, or `"kept"` where an lse leaves its logits, or weights are made
+    from them.
     """
     if arch == "interpreter":
         return INTERPRETER
@@ -138,6 +146,13 @@ def choices(
     table = (HALVES if item == 2 else FLOATS).get(arch, {})
     own = table.get(kernel, table.get("*", ()))
     return (*(table.get(f"{kernel} {kind}", own) if kind else own), *SAFE)
+
+
+def small(kernel: str, within: Config) -> Config:
+    """The small tiles of `repair` or `wide`; under the interpreter, and where a card takes less, some fit a tile."""
+    own = SMALL[kernel]
+    least = min(within.rows, within.columns)
+    return own if least >= own.rows else replace(own, rows=least, columns=least)
 
 
 def shared_bytes(config: Config, item: int) -> int:

@@ -42,6 +42,7 @@ from nibs_torch.kernels.tile import (
     LOG2E,
     PART,
     dots,
+    logit,
     parts,
     permitted,
     place,
@@ -195,7 +196,7 @@ def weights_tile(
 @triton.jit
 def shared(acc, SCALE, middle, GUARD: tl.constexpr):
     """`exp(s - middle)`, the exponential that both sides share; cut where nothing that counts can lie."""
-    power = (acc * tl.load(SCALE) - middle) * LOG2E
+    power = (logit(acc, tl.load(SCALE), 0.0) - middle) * LOG2E
     if GUARD:
         power = tl.minimum(power, SPREAD * LOG2E)
     return tl.exp2(power)
@@ -328,7 +329,7 @@ def wide(
                     if QLIM is not None:
                         by_row = within(acc, tl.load(QLIM + om, mask=row_in, other=0.0), hit, ok, 1)
                         by_column = within(acc, tl.load(KLIM + on, mask=column_in, other=0.0), hit, ok, 0)
-                    s = acc * tl.load(SCALE)
+                    s = logit(acc, tl.load(SCALE), 0.0)
                     g = tl.zeros((SM, SN), tl.float32)
                     if RF is not None:
                         shift = tl.load(RS + om, mask=row_in, other=INFINITY)
