@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -16,22 +18,23 @@ from nibs.schedule import Call
 from nibs.spec import Backend
 from nibs_numpy.tiles import DTYPES, NumpyTiles
 
-# Tiles: logits, weights and a part; masked, up to six boolean ones beside them, of a quarter each. NumPy itself holds
-# the buffers of sums that widen, 8192 elements of both dtypes.
-HINT = TileHint(rows=512, columns=2048, buffers=3.3, masked=4.6, fixed=160 * 1024, kernel="numpy")
+# Tiles: logits, another, and strips, which in a small tile are as large; masked, up to six boolean ones beside them, of
+# a quarter each. NumPy itself holds the buffers of sums that widen.
+HINT = TileHint(rows=1024, columns=2048, buffers=3.3, masked=4.6, fixed=160 * 1024, kernel="numpy")
+BUFFER = 1024  # elements
 
 
 class NumpyBackend(Backend):
     """Runs every request by the shared schedule over `NumpyTiles`."""
 
     def loss(self, request: Request) -> Any:
-        with np.errstate(all="ignore"):  # infinities and NaN are answers here, not accidents
+        with _settings():
             call = self._call(request, grad=False)
             loss = call.loss()
             return (loss, call.stats()) if request.stats else loss
 
     def loss_and_grad(self, request: Request) -> Any:
-        with np.errstate(all="ignore"):
+        with _settings():
             call = self._call(request, grad=True)
             loss, gradients = call.loss_and_grad()
             return (loss, gradients, call.stats()) if request.stats else (loss, gradients)
@@ -70,6 +73,22 @@ class NumpyBackend(Backend):
     def two_views(self, z1: Any, z2: Any) -> tuple[Any, Any]:
         n = len(z1)
         return np.concatenate([z1, z2]), (np.arange(2 * n) + n) % (2 * n)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """NumPy's settings while it works on tiles.
+
+    Infinities and NaN are answers here, not accidents. And where a row or a column meets a tile, NumPy copies it into
+    buffers as often as those hold the tile's rows, which takes three times as long as the sum itself: a small buffer
+    holds none.
+    """
+    with np.errstate(all="ignore"):
+        before = np.setbufsize(BUFFER)
+        try:
+            yield
+        finally:
+            np.setbufsize(before)
 
 
 def _import(values: Any) -> Any:

@@ -9,12 +9,18 @@ Sharing the exponential is exact as long as no row or column sinks out of float3
 tile's maximum. Both verbs test for that (`LOW`, `SPREAD`) and redo the tile with each row's and each
 column's own shift where it fails.
 
-Equations are those of `nibs.spec`; what a tile, its statistics and its weights hold is in
-`nibs.verbs`. Nothing here knows of batches, rings or budgets.
+Products take a whole tile, and all threads that NumPy's library has. Between them a tile is bound by memory, so what is
+done to its elements is done in place, strip by strip of rows, which stay in the core's cache from step to step. That is
+one thread's work: several were tried, and handed Python's lock back and forth for most of what they gained.
+
+Equations are those of `nibs.spec`; what a tile, its statistics and its weights hold is in `nibs.verbs`. Nothing here
+knows of batches, rings or budgets.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +31,8 @@ from nibs.verbs import Lse, Problem, Tile, Weights
 
 HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the smallest float32
 LOW = np.exp(-55.0)  # a smaller row or column sum has lost terms that count
+STRIP = 1 << 17  # elements: half a megabyte of float32, beside as much scratch
+FAR = 80.0  # above it log(1 + exp(x)) is x, in float64 too, and exp may overflow
 SPREAD = 69.0  # natural-log width of a tile's lse values up to which one exponential serves all
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -44,7 +52,7 @@ class NumpyTiles:
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
         rows, columns = Lse(), Lse()
-        logits = self._logits(tile, problem, self._fresh(tile) if keep else self._buffer("logits", tile))
+        logits = self._logits(tile, problem, self._fresh(tile) if keep else self._buffer("logits", _shape(tile)))
         by_row, by_column = _permitted(tile, problem, logits)
         if problem.margin is not None:
             logits *= problem.scale
@@ -57,7 +65,7 @@ class NumpyTiles:
             rows.allowed_sum, rows.allowed_count = self._sums(tile, logits, by_row, 1)
             columns.allowed_sum, columns.allowed_count = self._sums(tile, logits, by_column, 0)
         if not problem.softmax:
-            rows.mass = self._softplus(tile, problem, logits, by_row)
+            rows.mass = self._sigmoids(tile, problem, logits, by_row, keep=keep)
         else:
             sides = [(rows, 1, by_row)] * problem.rows + [(columns, 0, by_column)] * problem.columns
             self._masses(tile, logits, sides)
@@ -89,26 +97,28 @@ class NumpyTiles:
         onto: Any,
     ) -> tuple[Any, Any]:
         if kept is None:
-            logits = self._logits(tile, problem, self._buffer("logits", tile))
-            by_row, by_column = _permitted(tile, problem, logits)
+            weights = self._logits(tile, problem, self._buffer("logits", _shape(tile)))
+            by_row, by_column = _permitted(tile, problem, weights)
             if problem.margin is not None:
-                logits *= problem.scale
+                weights *= problem.scale
+            if not problem.softmax:
+                self._sigmoids(tile, problem, weights, by_row, keep=True)
         else:
-            logits, by_row, by_column = kept
+            weights, by_row, by_column = kept
         if problem.softmax:
-            weights = self._softmax_weights(tile, problem, logits, by_row, by_column, rows, columns)
+            self._softmax_weights(tile, problem, weights, by_row, by_column, rows, columns)
         else:
             assert rows is not None
-            weights = self._sigmoid_weights(tile, problem, logits, by_row, rows)
+            self._sigmoid_weights(tile, problem, weights, by_row, rows)
         if into is not None:
-            into += weights @ tile.keys
+            into += np.matmul(weights, tile.keys, out=self._buffer("share", into.shape))
         if onto is not None:
-            onto += weights.T @ tile.queries
+            onto += np.matmul(weights.T, tile.queries, out=self._buffer("share", onto.shape))
         product = weight = None
         if problem.total_weight:
             weight = weights.sum(dtype=np.float64)
         if problem.total_product:
-            weights *= np.matmul(tile.queries, tile.keys.T, out=self._buffer("part", tile))
+            weights *= np.matmul(tile.queries, tile.keys.T, out=self._buffer("other", _shape(tile)))
             product = weights.sum(dtype=np.float64)
         return product, weight
 
@@ -116,55 +126,83 @@ class NumpyTiles:
 
     def _masses(self, tile: Tile, logits: Any, sides: list[tuple[Lse, int, Any]]) -> None:
         """Masses and shifts of both sides, equation (1): one exponential, or two where that would underflow."""
-        weights = self._buffer("weights", tile)
-        if len(sides) == 2 and sides[0][2] is sides[1][2]:
-            seen = _only(logits, sides[0][2], -np.inf, weights)
-            top = seen.max()
+        if not (len(sides) == 2 and sides[0][2] is sides[1][2] and self._shared_masses(logits, *sides)):
+            for side, axis, permitted in sides:
+                self._own_masses(logits, side, axis, permitted)
+
+    def _shared_masses(self, logits: Any, rows: Any, columns: Any) -> bool:
+        """Masses of both sides by the largest logit so far; whether each of them kept the terms that count."""
+        top = self.accumulator.type(-np.inf)
+        row_parts, shifts, of_columns = [], [], self.zeros(logits.shape[1])
+        for where, scratch in self._strips(logits):
+            seen = self._seen(logits, rows[2], where, scratch)
+            before, top = top, np.maximum(top, seen.max())
             shift = top if top > -np.inf else self.accumulator.type(0)
             lifted = shift - HEAD
+            np.exp(np.subtract(seen, lifted, out=scratch), out=scratch)
             back = np.exp(lifted - shift)  # e^-HEAD, less what the line above rounded away
-            np.exp(np.subtract(seen, lifted, out=weights), out=weights)
-            masses = [weights.sum(axis) for _, axis, _ in sides]
-            if min(mass.min() for mass in masses) >= LOW:
-                for (side, _, _), mass in zip(sides, masses):
-                    side.mass, side.shift = mass * back, np.full_like(mass, shift)
-                return
-        for side, axis, permitted in sides:
-            seen = _only(logits, permitted, -np.inf, weights)
-            highest = seen.max(axis)
-            empty = highest == -np.inf
-            side.shift = np.where(empty, self.accumulator.type(self.lowest), highest)
-            shifts = np.expand_dims(np.where(empty, self.accumulator.type(0), highest), axis)
-            side.mass = np.exp(np.subtract(seen, shifts, out=weights), out=weights).sum(axis)
+            row_parts.append(scratch.sum(1) * back)
+            shifts.append(np.full(len(seen), shift))
+            if top > before:
+                of_columns *= np.exp(before - top)
+            of_columns += scratch.sum(0) * back
+        rows[0].mass, rows[0].shift = np.concatenate(row_parts), np.concatenate(shifts)
+        columns[0].mass, columns[0].shift = of_columns, np.full_like(of_columns, shift)
+        return bool(min(rows[0].mass.min(), of_columns.min()) >= LOW)
+
+    def _own_masses(self, logits: Any, side: Lse, axis: int, permitted: Any) -> None:
+        """Masses of one side by its own shifts."""
+
+        parts = [self._seen(logits, permitted, *strip).max(axis) for strip in self._strips(logits)]
+        highest = np.concatenate(parts) if axis == 1 else np.max(parts, axis=0)
+        empty = highest == -np.inf
+        side.shift = np.where(empty, self.accumulator.type(self.lowest), highest)
+        shifts = np.expand_dims(np.where(empty, self.accumulator.type(0), highest), axis)
+        parts = []
+        for where, scratch in self._strips(logits):
+            seen = self._seen(logits, permitted, where, scratch)
+            parts.append(np.exp(np.subtract(seen, _of(shifts, where), out=scratch), out=scratch).sum(axis))
+        side.mass = np.concatenate(parts) if axis == 1 else np.sum(parts, axis=0)
 
     def _softmax_weights(
         self, tile: Tile, problem: Problem, logits: Any, by_row: Any, by_column: Any, rows: Any, columns: Any
-    ) -> Any:
-        """`g_ij` of equation (2), both directions summed; overwrites `logits` where it may."""
-        weights = self._buffer("weights", tile)
+    ) -> None:
+        """`g_ij` of equation (2), both directions summed, in the place of the logits."""
         sides = [each for each in ((rows, 1, by_row), (columns, 0, by_column)) if each[0] is not None]
         shifts = np.concatenate([side.shift for side, _, _ in sides])
         low, high = shifts.min(), shifts.max()
-        if high - low <= SPREAD and by_row is by_column:
-            middle = (low + high) / 2
-            factors = [np.expand_dims(side.factor * np.exp(middle - side.shift), axis) for side, axis, _ in sides]
-            np.add(factors[0], factors[1] if len(factors) == 2 else 0, out=weights)
-            weights *= np.exp(np.subtract(logits, middle, out=logits), out=logits)
-        else:
-            weights[...] = 0
-            part = self._buffer("part", tile)
-            for side, axis, permitted in sides:
-                np.exp(np.subtract(logits, np.expand_dims(side.shift, axis), out=part), out=part)
-                part *= np.expand_dims(side.factor, axis)
-                np.add(weights, part, out=weights, where=True if permitted is None else permitted)
-        for side, axis, permitted in sides:
-            if side.smooth is not None:
-                smooth = np.expand_dims(side.smooth, axis)
-                np.subtract(weights, smooth, out=weights, where=True if permitted is None else permitted)
-        if by_row is by_column and by_row is not None:
-            np.copyto(weights, 0, where=~by_row)
-        self._subtract_targets(tile, problem, weights, sides)
-        return weights
+        middle = (low + high) / 2 if high - low <= SPREAD and by_row is by_column else None
+        vectors = [
+            (
+                np.expand_dims(side.shift if middle is None else side.factor * np.exp(middle - side.shift), axis),
+                np.expand_dims(side.factor, axis),
+                None if side.smooth is None else np.expand_dims(side.smooth, axis),
+                permitted,
+            )
+            for side, axis, permitted in sides
+        ]
+
+        for where, scratch in self._strips(logits):
+            values = logits[where]
+            of = [tuple(_of(vector, where) for vector in side) for side in vectors]
+            if middle is not None:
+                np.exp(np.subtract(values, middle, out=values), out=values)
+                values *= of[0][0] if len(of) == 1 else np.add(of[0][0], of[1][0], out=scratch)
+            else:
+                for (shift, factor, _, permitted), out in zip(of, (scratch, values)[-len(of) :]):
+                    np.exp(np.subtract(values, shift, out=out), out=out)
+                    out *= factor
+                    if permitted is not None:
+                        np.copyto(out, 0, where=~permitted)
+                if len(of) == 2:
+                    values += scratch
+            for _, _, smooth, permitted in of:
+                if smooth is not None:
+                    np.subtract(values, smooth, out=values, where=True if permitted is None else permitted)
+            if middle is not None and of[0][3] is not None:
+                np.copyto(values, 0, where=~of[0][3])
+
+        self._subtract_targets(tile, problem, logits, sides)
 
     def _subtract_targets(self, tile: Tile, problem: Problem, weights: Any, sides: Any) -> None:
         if problem.multi:
@@ -177,38 +215,36 @@ class NumpyTiles:
 
     # -- Sigmoid ----------------------------------------------------------------------------------
 
-    def _softplus(self, tile: Tile, problem: Problem, logits: Any, permitted: Any) -> Any:
-        """Row sums of softplus(-z s), equation (3)."""
-        signed = self._signed(tile, problem, logits)
-        terms = np.abs(signed, out=self._buffer("part", tile))
-        np.log1p(np.exp(np.negative(terms, out=terms), out=terms), out=terms)
-        terms += np.maximum(signed, 0, out=signed)
-        if permitted is not None:
-            np.copyto(terms, 0, where=~permitted)
-        return terms.sum(1)
+    def _sigmoids(self, tile: Tile, problem: Problem, logits: Any, permitted: Any, *, keep: bool) -> Any:
+        """Row sums of softplus(-z s), equation (3); if `keep`, by the same exponential, sigmoid(-z s) in the place of
+        the logits.
+        """
 
-    def _sigmoid_weights(self, tile: Tile, problem: Problem, logits: Any, permitted: Any, rows: Weights) -> Any:
-        """`w_i (-z) sigmoid(-z s)`, equation (4)."""
-        weights = self._signed(tile, problem, logits)
-        small = np.abs(weights, out=self._buffer("part", tile))
-        np.exp(np.negative(small, out=small), out=small)
-        np.copyto(weights, 1, where=weights >= 0)
-        np.copyto(weights, small, where=weights < 0)
-        weights /= np.add(small, 1, out=small)
+        self._flip(tile, problem, logits)
+        parts = []
+        for where, scratch in self._strips(logits):
+            values = logits[where]
+            beyond = np.maximum(values - FAR, 0) if values.max() > FAR else None
+            raised = np.exp(np.minimum(values, FAR, out=scratch), out=scratch)
+            if keep:
+                np.divide(raised, np.add(raised, 1, out=values), out=values)
+            terms = np.log1p(raised, out=scratch)
+            if beyond is not None:
+                terms += beyond
+            if permitted is not None:
+                np.copyto(terms, 0, where=~_of(permitted, where))
+            parts.append(terms.sum(1))
+        return np.concatenate(parts)
+
+    def _sigmoid_weights(self, tile: Tile, problem: Problem, weights: Any, permitted: Any, rows: Weights) -> None:
+        """`w_i (-z) sigmoid(-z s)`, equation (4), in the place of the sigmoids."""
         self._flip(tile, problem, weights)
         weights *= rows.factor[:, None]
         if permitted is not None:
             np.copyto(weights, 0, where=~permitted)
-        return weights
-
-    def _signed(self, tile: Tile, problem: Problem, logits: Any) -> Any:
-        """`-z s`: the logits, positives' sign turned."""
-        signed = self._buffer("weights", tile)
-        np.copyto(signed, logits)
-        self._flip(tile, problem, signed)
-        return signed
 
     def _flip(self, tile: Tile, problem: Problem, values: Any) -> None:
+        """Turn the sign of positives: from `s` to `-z s`, and from there to weights."""
         if problem.multi:
             np.negative(values, out=values, where=pairs.positive(tile, problem, None))
         elif tile.designated is not None:
@@ -236,7 +272,7 @@ class NumpyTiles:
             found = pairs.positive(tile, problem, by_row)
         elif tile.designated is not None:
             found[tile.designated] = True
-        chosen = self._buffer("weights", tile)
+        chosen = self._buffer("other", logits.shape)
         positives = _only(logits, found, 0, chosen)
         rows.positive_sum, columns.positive_sum = positives.sum(1), positives.sum(0)
         if problem.multi:
@@ -254,19 +290,31 @@ class NumpyTiles:
         if permitted is None:
             return logits.sum(axis), np.full(logits.shape[1 - axis], logits.shape[axis], logits.dtype)
         counts = np.broadcast_to(permitted, logits.shape).sum(axis).astype(logits.dtype)
-        return _only(logits, permitted, 0, self._buffer("weights", tile)).sum(axis), counts
+        return _only(logits, permitted, 0, self._buffer("other", logits.shape)).sum(axis), counts
 
-    def _buffer(self, name: str, tile: Tile) -> Any:
-        """A scratch tile `[r, c]`, allocated once at the largest size seen."""
-        shape = (len(tile.queries), len(tile.keys))
-        size = shape[0] * shape[1]
+    def _seen(self, logits: Any, permitted: Any, where: slice, scratch: Any) -> Any:
+        """A strip's allowed logits, -inf elsewhere."""
+        return _only(logits[where], _of(permitted, where), -np.inf, scratch)
+
+    def _strips(self, tile: Any) -> Iterator[tuple[slice, Any]]:
+        """The rows of each strip of a tile, and scratch of its shape."""
+        rows, columns = tile.shape
+        step = max(1, STRIP // max(columns, 1))
+        scratch = self._buffer("strip", (min(step, rows), columns))
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            yield slice(begin, end), scratch[: end - begin]
+
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> Any:
+        """Scratch, allocated once at the largest size seen."""
+        size = math.prod(shape)
         held = self._scratch.get(name)
         if held is None or held.size < size:
             held = self._scratch[name] = np.empty(size, self.accumulator)
         return held[:size].reshape(shape)
 
     def _fresh(self, tile: Tile) -> Any:
-        return np.empty((len(tile.queries), len(tile.keys)), self.accumulator)
+        return np.empty(_shape(tile), self.accumulator)
 
     # -- array words for the schedule -------------------------------------------------------------
 
@@ -318,3 +366,12 @@ def _only(values: Any, where: Any, other: float, out: Any) -> Any:
     np.copyto(out, other)
     np.copyto(out, values, where=where)
     return out
+
+
+def _shape(tile: Tile) -> tuple[int, int]:
+    return len(tile.queries), len(tile.keys)
+
+
+def _of(values: Any, where: slice) -> Any:
+    """The strip's rows of what goes with a tile; a single row goes with them all, and None with any."""
+    return values if values is None or len(values) == 1 else values[where]
