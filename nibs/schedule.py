@@ -259,11 +259,11 @@ class Call:
                 continue
             poison = tiles.zeros(rows.shape[0])
             for where in strips(rows.shape[0], self.plan.query_tile):
-                poison[where] = self._rows(rows, mask, where).sum(1)
+                poison[where] = self._factor(rows, mask, where).sum(1)
             poison *= 0  # NaN where it was not finite
             if bool((poison != poison).any()):  # or was it only the sum that overflowed?
                 for where in strips(rows.shape[0], self.plan.query_tile):
-                    poison[where] = (self._rows(rows, mask, where) * 0).sum(1)
+                    poison[where] = (self._factor(rows, mask, where) * 0).sum(1)
             vectors.append(poison)
         self.query_poison, self.key_poison = vectors
         scalars = 0 * self.scale + 0 * self.bias
@@ -298,21 +298,21 @@ class Call:
     def _rows(self, rows: Any, mask: Any, where: slice) -> Any:
         return self.tiles.operand(rows[where], None if mask is None else mask[where])
 
-    def _operand(self, rows: Any, mask: Any, where: slice) -> Any:
-        if not self.fused:
-            return self._rows(rows, mask, where)
-        return self.tiles.fused_operand(rows[where], None if mask is None else mask[where])  # type: ignore[attr-defined]
+    def _factor(self, rows: Any, mask: Any, where: slice) -> Any:
+        """Rows as the verbs multiply them."""
+        make = getattr(self.tiles, "factor", self.tiles.operand)
+        return make(rows[where], None if mask is None else mask[where])
 
     def _tile(self, i: slice, keys: Keys, j: slice, home: bool) -> Tile:
         """The tile of query rows `i` and key rows `j`; the last operands are kept at hand."""
         request, held, problem = self.request, self._held, self.problem
         if held.get("i") != i:
             held.update(queries=None, scaled=None)  # the last operands go before the next ones come
-            queries = self._operand(request.queries, request.query_mask, i)
+            queries = self._factor(request.queries, request.query_mask, i)
             held.update(i=i, queries=queries, scaled=queries * self.scale if problem.fold else queries)
         if held.get("j") != j or held.get("of") is not keys:
             held.update(keys=None, of=None)  # a visitor that has gone leaves its room to the next
-            held.update(j=j, of=keys, keys=self._operand(keys.rows, keys.mask, j))
+            held.update(j=j, of=keys, keys=self._factor(keys.rows, keys.mask, j))
         tile = Tile(held["queries"], held["scaled"], held["keys"], i.start, j.start, home)
         tile.query_mask = None if request.query_mask is None else request.query_mask[i]
         tile.key_mask = None if keys.mask is None else keys.mask[j]

@@ -47,7 +47,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Tile:
-    """One tile of pairs, operands ready: accumulation dtype, absent rows zero.
+    """One tile of pairs, operands ready: accumulation dtype, or what the tiles' `factor` made; absent rows zero.
 
     queries `[r, d]`; scaled `[r, d]`: times the scale (the same array where it is not folded in);
     keys `[c, d]`. row, column: where the tile begins in its shards. home: these keys are this rank's
@@ -56,7 +56,7 @@ class Tile:
     exact: the products of those pairs where a margin had them computed first. query_limit `[r]`,
     key_limit `[c]`: similarity above which a negative is dropped. anchor_weights `[r]`.
 
-    Fused tiles get what a kernel can use, and nothing that must be counted first: rows as `fused_operand`
+    Fused tiles get what a kernel can use, and nothing that must be counted first: rows as `factor`
     left them; in the place of `designated`, targets `[r]` (the key of each row in its shard, -1 for
     none) or diagonal; exact `[r]`; anchor_weights for Sigmoid too.
     """
@@ -187,13 +187,15 @@ class Tiles(Protocol):
     xp: its namespace, for where, log, exp, maximum, isfinite, stack. lowest: the most negative finite
     number of the accumulation dtype.
 
+    Tiles that multiply rows in another form than the accumulation dtype have a method `factor(rows, mask)`, which
+    makes that of what `operand` is given; it stands in `Tile` as queries, scaled and keys.
+
     Tiles whose products round their factors to half precision set `rounds_weights = True`. They get no scaled
     queries (`problem.fold` is False), for those would not be exact; and they count `sum g_ij <q_i, k_j>` for
     the scale's gradient in `tile_grad`, from weights that were not rounded yet.
 
-    Fused kernels that decide about each pair themselves set `fused = True`, which says that too, and have two
-    methods more: `fused_operand(rows, mask)`, what `operand` is to other tiles, in any form that their verbs
-    take; and `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. Their `tile_lse`
+    Fused kernels that decide about each pair themselves set `fused = True`, which says that too, and have `factor`,
+    and a method more: `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. Their `tile_lse`
     may give anything that their `merge_lse` takes.
     """
 

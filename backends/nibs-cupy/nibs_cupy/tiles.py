@@ -265,7 +265,7 @@ class CupyTiles:
     def operand(self, rows: Any, mask: Any) -> Any:
         return self.cast(Rows(self, rows, mask).present())
 
-    def fused_operand(self, rows: Any, mask: Any) -> Rows:
+    def factor(self, rows: Any, mask: Any) -> Rows:
         return Rows(self, rows, mask)
 
     def poison(self, rows: Any, mask: Any) -> Any:

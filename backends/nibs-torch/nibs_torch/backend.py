@@ -26,13 +26,13 @@ from nibs.spec import Backend, Gradients, Stats
 from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
 from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
-from nibs_torch.precision import narrows
+from nibs_torch.mkl import narrows
 from nibs_torch.streaming import Unlocked, mapped, streamed
 from nibs_torch.tiles import DTYPES, TorchTiles, capturing
 from nibs_torch.whole import whole
 
 CPU_HINT = TileHint(rows=2048, columns=2048, buffers=2.0, masked=5.0, kernel="torch")
-NARROW_HINT = replace(CPU_HINT, columns=512, kernel="torch, bfloat16 products")  # tiles that stay nearer to the cores
+NARROW_HINT = replace(CPU_HINT, columns=1024, buffers=4.0, masked=6.0, kernel="torch, bfloat16 products")
 DEVICE_HINT = TileHint(rows=4096, columns=4096, buffers=2.0, masked=5.0, kernel="torch")
 SOLO = Solo()
 AUTOCAST = ("cpu", "cuda", "xpu")

@@ -207,7 +207,7 @@ class FusedTiles(TorchTiles):
 
     # -- rows -------------------------------------------------------------------------------------
 
-    def fused_operand(self, rows: Any, mask: Any) -> Any:
+    def factor(self, rows: Any, mask: Any) -> Any:
         """`[r, d]` rows for the kernels: as they are, but for absent rows (zero), a promoted dtype, and TF32."""
         rows = rows.to(self.dtype)
         if mask is not None:

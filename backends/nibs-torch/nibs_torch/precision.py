@@ -15,22 +15,20 @@ bfloat16 products, and with that its kernels; it takes bfloat16 only where the p
 On any other it computes in float32, to the last bit of IEEE (`_one_dnn_is_exact` looks), so that there the flag costs
 nothing and nobody else's products change by more than their order of summation.
 
-Where the processor has those tiles, products of bfloat16 rows run on them, with float32 results: PyTorch has no such
-product of bfloat16 matrices, but float32 matrices that hold bfloat16 values lose nothing under the flag (`_has_tiles`
-looks). Gradient weights are rounded by it, as they may be; whatever else enters such a product must be a bfloat16
-value, which rows times a scale are not.
+Products of bfloat16 rows on a processor with those tiles need no flag: they are `nibs_torch.mkl`'s.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-__all__ = ["narrows", "of_rows", "products"]
+__all__ = ["largest_error", "of_rows", "products"]
 
 LARGE = 1 << 22
 """Flops of a product from which oneDNN's kernels, which are set up anew for each, are worth their start."""
@@ -96,13 +94,6 @@ class _Loan:
                 lent.free.notify_all()
 
 
-def narrows(dtype: str, device: str) -> bool:
-    """Whether products of rows of this dtype, on a device of this name, run on bfloat16 tiles: then `products` is
-    asked for them with `narrow`.
-    """
-    return dtype == "bfloat16" and device.startswith("cpu") and _has_tiles()
-
-
 def of_rows(dtype: str, precision: str) -> str:
     """The precision of products of rows of a dtype, in a call that asks for `precision`: that is float32 rows'.
 
@@ -111,19 +102,12 @@ def of_rows(dtype: str, precision: str) -> str:
     return "highest" if dtype in ("bfloat16", "float16") else precision
 
 
-def products(
-    precision: str, dtype: torch.dtype, device: torch.device, flops: int = 0, *, narrow: bool = False
-) -> AbstractContextManager[Any]:
-    """A context for one matrix product of `dtype` on `device`, of so many flops.
-
-    narrow: rounding its factors to bfloat16 loses nothing, or nothing that counts.
-    """
+def products(precision: str, dtype: torch.dtype, device: torch.device, flops: int = 0) -> AbstractContextManager[Any]:
+    """A context for one matrix product of `dtype` on `device`, of so many flops."""
     lent = _flag(device.type) if dtype == torch.float32 else None
     if lent is None:
         return _NOTHING
     if device.type == "cpu" and flops >= LARGE:
-        if narrow:
-            return lent.to("bf16")
         asked = precision == "highest" or (precision == "default" and lent.stands() in ("none", "ieee"))
         if asked and _one_dnn_is_exact():
             return lent.to("bf16")
@@ -157,36 +141,36 @@ def _one_dnn_is_exact() -> bool:
     has_tiles = getattr(cpu, "_is_amx_tile_supported", lambda: True)()
     if has_tiles or not getattr(cpu, "_is_avx512_supported", lambda: False)():
         return False
-    return _error(torch.float32) <= EXACT
-
-
-@lru_cache
-def _has_tiles() -> bool:
-    """Whether this processor multiplies bfloat16 values in tiles, with float32 results: looked up, then looked at."""
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() and _error(torch.bfloat16) <= EXACT
-
-
-def _error(values: torch.dtype) -> float:
-    """The largest relative error, under the flag, of products of positive numbers of a dtype, in each layout.
-
-    Nothing around the call (autocast, default dtype and device, a transform) may enter: the answer is kept.
-    """
     lent = _flag("cpu")
     if lent is None or not torch.backends.mkldnn.is_available():
-        return float("inf")
+        return False
+
+    def multiply(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False), lent.to("bf16"):
+            return torch.addmm(out, left, right)
+
+    return largest_error(multiply, torch.float32) <= EXACT
+
+
+def largest_error(
+    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], values: torch.dtype
+) -> float:
+    """The largest relative error of products of positive numbers of a dtype, in each layout, on a CPU.
+
+    multiply: of `out` (float32 zeros that it may write to), `left` and `right`. Nothing around the call (autocast,
+    default dtype and device, a transform) may enter: the answer is kept.
+    """
 
     def drawn(rows: int, columns: int) -> torch.Tensor:
         """Numbers between 1 and 2, none like the other, and no random ones: vmap would refuse those."""
         steps = torch.arange(rows * columns, dtype=torch.float64, device="cpu")
-        return steps.mul_(GOLDEN).frac_().add_(1).view(rows, columns).to(values).to(torch.float32)
+        return steps.mul_(GOLDEN).frac_().add_(1).view(rows, columns).to(values)
 
     worst = torch.zeros((), dtype=torch.float64, device="cpu")
     for rows, width, columns in ((64, 64, 64), (256, 512, 384), (384, 256, 128)):
         one, other = drawn(rows, width), drawn(columns, width)
         exact = one.double() @ other.double().T
-        out = torch.zeros((rows, columns), dtype=torch.float32, device="cpu")
         for left, right in ((one, other.T), (one.T.contiguous().T, other.T.contiguous()), (one, other.T.contiguous())):
-            with torch.autocast("cpu", enabled=False), lent.to("bf16"):
-                found = torch.addmm(out, left, right)
+            found = multiply(torch.zeros((rows, columns), dtype=torch.float32, device="cpu"), left, right)
             worst = torch.maximum(worst, ((found - exact).abs() / exact).max())  # NaN stays
     return worst.item()

@@ -11,6 +11,8 @@ shift where it fails.
 
 Between its products a tile is bound by memory traffic, so what is done to its elements is done strip by
 strip of rows, which stay in the cache from step to step, in place, with scratch strips made once per call.
+Rows of bfloat16 stay what they are where a processor multiplies them (`nibs_torch.mkl`); their weights are rounded to
+bfloat16 strip by strip, over logits that are done with and take twice the room.
 Equations are those of `nibs.spec`; what a tile, its statistics and its weights hold is in `nibs.verbs`.
 """
 
@@ -26,7 +28,8 @@ import torch
 
 from nibs import pairs
 from nibs.verbs import Lse, Problem, Tile, Weights
-from nibs_torch.precision import narrows, of_rows, products
+from nibs_torch import mkl
+from nibs_torch.precision import of_rows, products
 
 HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the smallest float32
 LOW = math.exp(HEAD - 80.0)  # a smaller row or column sum of lifted exponentials has lost terms that count
@@ -49,7 +52,7 @@ class TorchTiles:
         self.wide = self.accumulator if device.type == "mps" else torch.float64
         self.device = device
         self.lowest = torch.finfo(self.accumulator).min
-        self.rounds_weights = self._narrow = narrows(dtype, device.type)
+        self.rounds_weights = self._narrow = mkl.narrows(dtype, device.type)
         self._rows = dtype
         self._strip = min(STRIP, SHARE * torch.get_num_threads()) if device.type == "cpu" else DEVICE_STRIP
         self._scratch: dict[str, torch.Tensor] = {}
@@ -58,7 +61,8 @@ class TorchTiles:
     # -- the verbs --------------------------------------------------------------------------------
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
-        problem = self._folded(problem, raw=keep)
+        if self._narrow and not keep and problem.margin is None:
+            problem = replace(problem, fold=True)
         logits = self._products(tile, problem, keep=keep)
         row_parts, column_parts = [], []
         shared = problem.softmax and problem.rows and problem.columns and problem.margin is None
@@ -122,8 +126,8 @@ class TorchTiles:
         into: Any,
         onto: Any,
     ) -> tuple[Any, Any]:
-        problem = self._folded(problem, raw=kept is not None or problem.total_product)
         logits = self._products(tile, problem, keep=False) if kept is None else kept
+        written = self._for_weights(logits)
         middle, clamp = self._middle(problem, rows, columns)
         if middle is not None:
             rows, columns = (self._brought_to(middle, side) for side in (rows, columns))
@@ -143,11 +147,11 @@ class TorchTiles:
             if product is not None:
                 product = product + self.total(raw.mul_(weights).sum(1))
             if weights is not raw and (into is not None or onto is not None):
-                raw.copy_(weights)
+                written[where].copy_(weights)
         if into is not None:
-            self._multiply(logits, tile.keys, problem, into)
+            self._multiply(written, tile.keys, problem, into)
         if onto is not None:
-            self._multiply(logits.T, tile.queries, problem, onto)
+            self._multiply(written.T, tile.queries, problem, onto)
         if kept is not None:
             self._spare = kept
         return product, weight
@@ -264,17 +268,11 @@ class TorchTiles:
 
     # -- tiles and pairs --------------------------------------------------------------------------
 
-    def _folded(self, problem: Problem, *, raw: bool) -> Problem:
-        """The same problem with the scale in its products, where rows could not take it and none is wanted `raw`."""
-        if raw or problem.fold or not self._narrow or problem.margin is not None:
-            return problem
-        return replace(problem, fold=True)
-
     def _products(self, tile: Tile, problem: Problem, *, keep: bool) -> Any:
         """`[r, c]`: products, times the scale where it is folded in."""
         shape = (tile.queries.shape[0], tile.keys.shape[0])
         out = self._fresh(shape) if keep else self._buffer("tile", shape)
-        # Rows of bfloat16 values take no scale: they would be none any more. Their products do.
+        # Rows of bfloat16 take no scale: they would be none any more. Their products do.
         times = problem.scale.item() if self._narrow and problem.fold else 1.0
         self._multiply(tile.scaled, tile.keys.T, problem, out, beta=0.0, alpha=times)
         if tile.exact is not None and tile.designated is not None:
@@ -284,11 +282,20 @@ class TorchTiles:
     def _multiply(
         self, left: Any, right: Any, problem: Problem, out: Any, *, beta: float = 1.0, alpha: float = 1.0
     ) -> None:
-        """`out = beta out + alpha left @ right`: every product of a tile, and where its factors may be rounded."""
+        """`out = beta out + alpha left @ right`: every product of a tile."""
+        if self._narrow:
+            mkl.product(left, right, out, beta=beta, alpha=alpha)
+            return
         flops = 2 * left.numel() * right.shape[1]
-        precision = of_rows(self._rows, problem.precision)
-        with products(precision, self.accumulator, self.device, flops, narrow=self._narrow):
+        with products(of_rows(self._rows, problem.precision), self.accumulator, self.device, flops):
             torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
+
+    def _for_weights(self, logits: Any) -> Any:
+        """`[r, c]`: where weights go that are made of these logits, strip by strip, to be multiplied."""
+        if not self._narrow:
+            return logits
+        # Half as wide, they reach into strips that are done with, and never into those that come.
+        return logits.view(torch.bfloat16).flatten()[: logits.numel()].view(logits.shape)
 
     def _parts(self, tile: Tile, logits: Any) -> Iterator[tuple[Tile, Any]]:
         """The tile in strips of rows, each a tile of its own, with its rows of `logits`."""
@@ -406,6 +413,13 @@ class TorchTiles:
         if mask is not None:
             rows = rows.masked_fill(~mask.unsqueeze(1), 0.0)
         return rows.to(self.accumulator)
+
+    def factor(self, rows: Any, mask: Any) -> Any:
+        """`[r, d]` rows as products take them."""
+        if not self._narrow:
+            return self.operand(rows, mask)
+        rows = rows.to(torch.bfloat16)
+        return rows if mask is None else rows.masked_fill(~mask.unsqueeze(1), 0.0)
 
     def rounds(self, dtype: str) -> bool:
         return DTYPES[dtype] != self.accumulator

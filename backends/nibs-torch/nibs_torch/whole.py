@@ -11,7 +11,7 @@ one tile and nothing but queries, keys, a scale and a bias:
     gradients     g @ k and g^T @ q: three products in all, and one exponential
 
 The scale's gradient is `sum g_ij <q_i, k_j>`, read off the gradient of the rows. Where products round their factors
-(`nibs_torch.precision.narrows`) it comes from the masses instead, and from E's row and column sums of E s beside them.
+(`nibs_torch.mkl`) it comes from the masses instead, and from E's row and column sums of E s beside them.
 
 A mass below `LOW` may have lost terms that count, and NaN or inf in any row shows in a mass or in a sum. Then `whole`
 answers None, and the schedule serves the call as it serves everything else. Equations are those of `nibs.spec`.
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from nibs.request import Request
 from nibs.spec import Gradients, InfoNCE
-from nibs_torch.precision import LARGE, narrows, of_rows, products
+from nibs_torch import mkl
+from nibs_torch.precision import of_rows, products
 from nibs_torch.tiles import HEAD, LOW, STRIP
 
 __all__ = ["whole"]
@@ -44,17 +45,21 @@ def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     if not _plain(request) or (wants[2] and not wants[0] and not wants[1]):
         return None
     flops = 2 * n * m * request.d
-    narrow = flops > LARGE and narrows(request.dtype, request.device)
+    narrow = mkl.narrows(request.dtype, request.device)
     times = request.scale.detach().item() if isinstance(request.scale, Tensor) else float(request.scale)
     if not TINY <= abs(times) < math.inf or (narrow and not isinstance(objective, InfoNCE)):
         return None
     wide = torch.float64 if request.dtype == "float64" else torch.float32
-    queries, keys = request.queries.to(wide), request.keys.to(wide)
+    factor = torch.bfloat16 if narrow else wide
+    queries, keys = request.queries.to(factor), request.keys.to(factor)
     precision = of_rows(request.dtype, request.precision)
 
     def product(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-        out = left.new_empty((left.shape[0], right.shape[1]))
-        with products(precision, wide, queries.device, flops, narrow=narrow):
+        out = left.new_empty((left.shape[0], right.shape[1]), dtype=wide)
+        if narrow:
+            mkl.product(left.to(factor), right, out, alpha=alpha)
+            return out
+        with products(precision, wide, queries.device, flops):
             return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
 
     tile = product(queries, keys.T, times)

@@ -1,22 +1,19 @@
-"""Products of bfloat16 rows on bfloat16 tiles: gradient weights are rounded, as they may be, and nothing else is.
+"""Products of bfloat16 rows by MKL's function: gradient weights are rounded, as they may be, and nothing else is.
 
-Processors with such tiles are few, so here every machine rounds: the factors of each product of a tile, by hand.
+The function works on any x86 processor, and is taken where there are tiles for it. Here every machine takes it; where
+PyTorch does not show it, float32 products of the same factors stand in its place.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 import nibs
-from nibs_torch import backend, precision, tiles, whole
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"),
-    reason="this PyTorch has no flag for products on a CPU",
-)
+from nibs_torch import backend, mkl, precision, tiles
 
 OBJECTIVES = [
     nibs.InfoNCE(),
@@ -27,36 +24,22 @@ OBJECTIVES = [
     nibs.Sigmoid(),
 ]
 N, M, D = 90, 110, 24
-HAS_TILES = precision._has_tiles.__wrapped__  # as it is, not as the tests set it
+product, is_exact = mkl.product, mkl._is_exact.__wrapped__  # as they are, not as the tests set them
+shown = pytest.mark.skipif(mkl._function() is None, reason="this PyTorch does not show MKL's function")
 
 
-class Rounded(tiles.TorchTiles):
-    """Tiles whose products round their factors to bfloat16, as a processor's would."""
-
-    def _multiply(self, left, right, *arguments, **options):
-        if self.accumulator == torch.float32:
-            left, right = (factor.bfloat16().float() for factor in (left, right))
-        super()._multiply(left, right, *arguments, **options)
-
-
-class RoundedTorch:
-    """`torch` for `nibs_torch.whole`, with products that do the same."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    def addmm(self, into, left, right, **options):
-        if into.dtype == torch.float32:
-            left, right = (factor.bfloat16().float() for factor in (left, right))
-        return torch.addmm(into, left, right, **options)
+def stand_in(left, right, out, *, alpha=1.0, beta=0.0):
+    assert left.dtype == right.dtype == torch.bfloat16
+    assert out.dtype == torch.float32
+    torch.addmm(out, left.float(), right.float(), beta=beta, alpha=alpha, out=out)
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch):
-    monkeypatch.setattr(precision, "_has_tiles", lambda: True)
-    monkeypatch.setattr(backend, "TorchTiles", Rounded)
-    monkeypatch.setattr(whole, "torch", RoundedTorch())
-    monkeypatch.setattr(whole, "LARGE", 0)
+def taken(monkeypatch):
+    monkeypatch.setattr(mkl, "_has_tiles", lambda: True)
+    if mkl._function() is None:
+        monkeypatch.setattr(mkl, "_is_exact", lambda: True)
+        monkeypatch.setattr(mkl, "product", stand_in)
 
 
 def inputs(scale=14.3):
@@ -105,33 +88,53 @@ def test_a_call_that_one_tile_holds_is_as_good(objective, scale):
     assert distance(objective, scale, in_tiles=False) < 4
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=repr)
-def test_in_one_tile_a_scale_gradient_from_rounded_weights_would_be_caught(monkeypatch, objective):
-    monkeypatch.setattr(whole, "narrows", lambda *_: False)
-    assert distance(objective, -5.0, in_tiles=False) > 100
+@pytest.mark.parametrize("strip", [1, 1000])
+def test_strips_of_weights_are_written_over_no_logits_that_are_still_read(monkeypatch, strip):
+    monkeypatch.setattr(tiles, "STRIP", strip)
+    for sweep in ("keep", "recompute"):
+        assert distance(nibs.InfoNCE(), sweep=sweep) < 4
 
 
-class Folded(Rounded):
-    """A fault: rows times the scale, which are no bfloat16 values, go into products that round."""
+class Early(tiles.TorchTiles):
+    """A fault: the scale's gradient is counted from weights that were rounded."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.rounds_weights = self._narrow = False
+    def _softmax_weights(self, *arguments):
+        return rounded(super()._softmax_weights(*arguments))
 
-
-class Late(Folded):
-    """A fault: logits are exact, but the scale's gradient is read off gradients whose weights were rounded."""
-
-    def _multiply(self, left, right, *arguments, **options):
-        tile = right.shape[1] != D
-        (tiles.TorchTiles if tile else Rounded)._multiply(self, left, right, *arguments, **options)
+    def _sigmoid_weights(self, *arguments):
+        return rounded(super()._sigmoid_weights(*arguments))
 
 
-@pytest.mark.parametrize("fault", [Folded, Late])
+class Folded(tiles.TorchTiles):
+    """A fault: rows times the scale, which are no bfloat16 values, go into products that round them."""
+
+    def _multiply(self, left, right, problem, out, *, beta=1.0, alpha=1.0):
+        if self._narrow and beta == 0.0:
+            left, alpha = left * problem.scale.bfloat16(), alpha / problem.scale.bfloat16().item()
+        super()._multiply(left, right, problem, out, beta=beta, alpha=alpha)
+
+
+def rounded(weights):
+    return weights if weights.dtype == torch.float64 else weights.bfloat16().float()  # the truth stays what it is
+
+
+@pytest.mark.parametrize("fault", [Early, Folded])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_what_must_not_be_rounded_would_be_caught(monkeypatch, objective, fault):
     monkeypatch.setattr(backend, "TorchTiles", fault)
-    assert distance(objective, -5.0) > 100
+    assert distance(objective, -5.1) > 50
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=repr)
+def test_in_one_tile_a_scale_gradient_from_rounded_weights_would_be_caught(monkeypatch, objective):
+    whole_product = mkl.product
+
+    def round_all(left, right, out, **options):  # the logits: all that is made of them is rounded with them
+        whole_product(left, right, out, **options)
+        out.copy_(out.bfloat16())
+
+    monkeypatch.setattr(mkl, "product", round_all)
+    assert distance(objective, -5.0, in_tiles=False) > 100
 
 
 def test_the_plan_says_it():
@@ -141,23 +144,36 @@ def test_the_plan_says_it():
 
 
 def test_other_dtypes_and_processors_do_without(monkeypatch):
-    monkeypatch.setattr(precision, "_has_tiles", lambda: True)
-    assert precision.narrows("bfloat16", "cpu")
-    assert not precision.narrows("float32", "cpu") and not precision.narrows("float16", "cpu")
-    monkeypatch.setattr(precision, "_has_tiles", lambda: False)
-    assert not precision.narrows("bfloat16", "cpu")
+    assert mkl.narrows("bfloat16", "cpu")
+    assert not mkl.narrows("bfloat16", "cuda:0")
+    assert not mkl.narrows("float32", "cpu") and not mkl.narrows("float16", "cpu")
+    monkeypatch.setattr(mkl, "_has_tiles", lambda: False)
+    assert not mkl.narrows("bfloat16", "cpu")
 
 
-WRONG = {"bfloat16 results": lambda out: out.bfloat16().float(), "NaN": lambda out: out * float("nan")}
+def test_a_pytorch_that_does_not_show_the_function_does_without(monkeypatch):
+    monkeypatch.setattr(mkl, "_function", lambda: None)
+    assert not is_exact()
 
 
+WRONG = {
+    "bfloat16 results": lambda out, before: out.bfloat16().float(),
+    "NaN": lambda out, before: out * float("nan"),
+    "nothing added": lambda out, before: out - before,
+}
+
+
+@shown
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_a_processor_whose_products_are_not_exact_is_not_trusted(monkeypatch, wrong):
-    addmm = torch.addmm
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert HAS_TILES()
-    monkeypatch.setattr(torch, "addmm", lambda *factors: wrong(addmm(*factors)))
-    assert not HAS_TILES()
+def test_a_function_that_is_not_exact_is_not_trusted(monkeypatch, wrong):
+    def faulty(left, right, out, **options):
+        before = out.clone()
+        product(left, right, out, **options)
+        out.copy_(wrong(out, before if options["beta"] else 0.0))
+
+    assert is_exact()
+    monkeypatch.setattr(mkl, "product", faulty)
+    assert not is_exact()
 
 
 @contextmanager
@@ -178,28 +194,109 @@ AROUND = {
 }
 
 
+@shown
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND.keys())
-def test_the_look_at_the_processor_does_not_depend_on_what_is_set_around_it(monkeypatch, around):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+def test_the_look_at_the_processor_does_not_depend_on_what_is_set_around_it(around):
     with around():
-        assert HAS_TILES()
+        assert is_exact()
 
 
-def test_the_look_at_the_processor_may_come_within_vmap(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+@shown
+def test_the_look_at_the_processor_may_come_within_vmap():
     found = []
-    torch.func.vmap(lambda row: (found.append(HAS_TILES()), row)[1])(torch.zeros(2, 3))
+    torch.func.vmap(lambda row: (found.append(is_exact()), row)[1])(torch.zeros(2, 3))
     assert found == [True]
 
 
-@pytest.mark.parametrize("wanted", ["default", "high", "highest"])
-def test_products_of_bfloat16_values_are_exact_whatever_precision_is_asked_for(wanted):
-    generator = torch.Generator().manual_seed(1)
-    left, right = ((torch.rand(size, generator=generator) + 1).bfloat16().float() for size in ((300, 200), (200, 150)))
-    exact = left.double() @ right.double()
-    flag = torch.backends.mkldnn.matmul
-    with precision.products(wanted, torch.float32, torch.device("cpu"), 2 * 300 * 200 * 150, narrow=True):
-        assert flag.fp32_precision == "bf16"
-        found = left @ right
-    assert flag.fp32_precision != "bf16"
-    assert ((found - exact).abs() < precision.EXACT * exact).all()
+LAYOUTS = {
+    "rows": lambda drawn: drawn,
+    "columns": lambda drawn: drawn.T.contiguous().T,
+    "every other row": lambda drawn: torch.stack([drawn, drawn], 1).flatten(0, 1)[::2],
+    "every other column": lambda drawn: torch.stack([drawn, drawn], 2).flatten(1, 2)[:, ::2],
+    "some of the columns": lambda drawn: torch.cat([drawn, drawn], 1)[:, : drawn.shape[1]],
+    "one row for all": lambda drawn: drawn[:1].expand(drawn.shape),
+}
+
+
+def drawn(rows, columns, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def right_to_float32(left, right, found, alpha=1.0):
+    left, right = left.double(), right.double()
+    bound = abs(alpha) * (left.abs() @ right.abs()) * 2**-23 * 4
+    return ((found - alpha * (left @ right)).abs() <= bound).all()
+
+
+@shown
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 1), (1, 70, 9), (33, 1, 65), (70, 129, 50)], ids=str)
+@pytest.mark.parametrize("second", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("first", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_matrices_may_lie_as_they_like(first, second, size):
+    rows, columns, inner = size
+    left, right = first(drawn(rows, inner)), second(drawn(inner, columns, seed=2))
+    out = torch.full((rows, columns), float("nan"))
+    product(left, right, out)
+    assert right_to_float32(left, right, out)
+    product(left, right, out, alpha=-0.3, beta=1.0)
+    assert right_to_float32(left, right, out, alpha=0.7)
+
+
+@shown
+@pytest.mark.parametrize("size", [(0, 4, 3), (4, 0, 3), (4, 3, 0), (0, 0, 0)], ids=str)
+def test_matrices_may_be_empty(size):
+    rows, columns, inner = size
+    out = torch.ones(rows, columns)
+    product(drawn(rows, inner), drawn(inner, columns), out)
+    assert not out.any()
+
+
+@shown
+def test_only_the_rows_of_the_result_are_written():
+    room = torch.zeros(40, 30)
+    product(drawn(10, 8), drawn(8, 20), room[5:15, :20])
+    assert room[5:15, :20].any(1).all()
+    room[5:15, :20] = 0
+    assert not room.any()
+
+
+def test_sizes_that_the_function_cannot_name_go_through_float32(monkeypatch):
+    monkeypatch.setattr(mkl, "_function", lambda: None)  # a call of it would fail
+    monkeypatch.setattr(mkl, "LONGEST", 20)
+    left, right, out = drawn(8, 21), drawn(21, 6), torch.empty(8, 6)
+    product(left, right, out)
+    assert right_to_float32(left, right, out)
+
+
+@shown
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_own_row_alone(bad):
+    left, right, out = drawn(40, 33), drawn(33, 50), torch.empty(40, 50)
+    left[7, 3] = bad
+    product(left, right, out)
+    assert torch.equal(out.isfinite().all(1), torch.arange(40) != 7)
+    assert not out[7].isfinite().any()
+
+
+@shown
+def test_threads_that_multiply_at_once_get_the_bits_that_one_gets():
+    left, right = drawn(200, 100), drawn(100, 150)
+
+    def bits():
+        out = torch.empty(200, 150)
+        product(left, right, out)
+        return out
+
+    alone, found = bits(), []
+    threads = [threading.Thread(target=lambda: found.extend(bits() for _ in range(20))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 80 and all(torch.equal(one, alone) for one in found)
+
+
+@shown
+def test_no_flag_of_the_process_is_touched(monkeypatch):
+    monkeypatch.setattr(precision, "_flag", lambda _: pytest.fail("a flag was asked for"))
+    assert distance(nibs.InfoNCE()) < 4

@@ -181,7 +181,7 @@ def test_the_lift_is_the_power_of_two_that_its_twin_says() -> None:
 def test_rows_are_rounded_to_tf32_and_poison_found_like_their_twins() -> None:
     queries, _ = batch()
     tiles = FusedTiles("float32", CPU, "high")
-    assert torch.equal(tiles.fused_operand(queries, None), rows.plain_tf32(queries))
+    assert torch.equal(tiles.factor(queries, None), rows.plain_tf32(queries))
     queries[3, 5], queries[4, 6] = float("nan"), float("inf")
     mask = torch.arange(70) != 3
     assert torch.equal(tiles.poison(queries, mask).isnan(), rows.plain_poison(queries, mask).isnan())
