@@ -122,13 +122,13 @@ def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: 
 
     card = tuning.card_of(torch.device(device))
     item = DTYPES[dtype].itemsize
-    kinds = [(name, kind) for name in ("lse", "weights", "sigmoid") for kind in ("", "ragged", "loose")]
     least, least_busy = (
         min(
             min(one.rows, one.columns)
-            for one in (tuning.config(card, name, item, busy=some, kind=kind) for name, kind in kinds)
+            for name in ("lse", "weights", "sigmoid")
+            for one in (tuning.config(card, name, item, kind=kind) for kind in kinds)
         )
-        for some in (False, True)
+        for kinds in (("", "ragged", "loose"), ("busy", "sums", "full", "least"))
     )
     # G, its rows on 16-byte steps; then sums for each tile that a row or a column passes through: three fields of
     # rows for Sigmoid, four of both in tiles twice as wide for InfoNCE; with all statistics eight and seven.
@@ -239,7 +239,8 @@ class FusedTiles(TorchTiles):
         """
         if self.dtype == torch.float32 or problem.multi or problem.sums or problem.margin is not None:
             return plan.key_tile
-        each = [self.tuning.config(self.card, "lse", self.item, kind=kind) for kind in ("", "ragged", "loose")]
+        kinds = ("busy", "least") if problem.exclude or problem.exclude_self else ("", "ragged", "loose")
+        each = [self.tuning.config(self.card, "lse", self.item, kind=kind) for kind in kinds]
         sums = max(8 / one.rows + 8 / one.columns for one in each)  # bytes a pair
         return plan.key_tile * max(1, int(self.item / sums))
 
@@ -539,16 +540,29 @@ class FusedTiles(TorchTiles):
     def _config(self, kernel: str, tile: Tile, problem: Problem, *, kept: bool = False) -> Any:
         if kernel in self.fixed:
             return self.fixed[kernel]
+        kind = self._kind(kernel, tile, problem)
+        plain = kind in ("", "ragged")
+        if kept:
+            kind = "kept" if plain else "least"
+        found = self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, kind=kind)
+        if found.descriptors and not self._described(found, tile):
+            return self.tuning.config(self.card, kernel, self.item, kind="loose" if plain else "least")
+        return found
+
+    def _kind(self, kernel: str, tile: Tile, problem: Problem) -> str:
+        """What takes registers beside the tile: see `kernels.tuning`."""
         busy = problem.multi or problem.exclude or problem.exclude_self or problem.margin is not None
-        busy = busy or (kernel != "weights" and (problem.sums or problem.stats))
+        sums = problem.sums or problem.stats
+        if kernel == "lse" and problem.multi:  # whose positives are summed, too
+            return "full" if sums else "sums"
+        if busy:
+            return "full" if sums else "busy"
+        if sums and kernel != "weights":
+            return "sums"
         ragged = tile.queries.shape[0] % WHOLE != 0 or tile.keys.shape[0] % WHOLE != 0
         if kernel == "sigmoid":  # where masks take as many registers as edges do
             ragged = ragged or tile.query_mask is not None or tile.key_mask is not None
-        kind = "kept" if kept else "ragged" if ragged else ""
-        found = self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, busy=busy, kind=kind)
-        if found.descriptors and not self._described(found, tile):
-            return self.tuning.config(self.card, kernel, self.item, kind="loose")
-        return found
+        return "ragged" if ragged else ""
 
     def _counts(self, tile: Tile, config: Any) -> dict[str, int]:
         rows, columns = tile.queries.shape[0], tile.keys.shape[0]
@@ -582,9 +596,12 @@ class FusedTiles(TorchTiles):
         )
 
     def _described(self, config: Any, tile: Tile) -> bool:
-        """Whether the copy engine can fetch these rows: contiguous, and 16 bytes from row to row."""
+        """Whether the copy engine can fetch these rows: contiguous, on 16-byte steps, and none of them twice."""
         return config.descriptors and all(
-            rows.stride(1) == 1 and rows.stride(0) * self.item % 16 == 0 and rows.data_ptr() % 16 == 0
+            rows.stride(1) == 1
+            and rows.stride(0) >= rows.shape[1]
+            and rows.stride(0) * self.item % 16 == 0
+            and rows.data_ptr() % 16 == 0
             for rows in (tile.queries, tile.keys)
         )
 

@@ -79,7 +79,9 @@ BUDGETS: dict[str, tuple[int, int, str | None]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["symmetric", "one way", "smoothing", "masks", "same id positive", "sigmoid"])
+@pytest.mark.parametrize(
+    "name", ["symmetric", "one way", "smoothing", "masks", "same id excluded", "same id positive", "sigmoid"]
+)
 @pytest.mark.parametrize("n, d, memory", list(BUDGETS.values()), ids=list(BUDGETS))
 def test_a_call_holds_no_more_than_its_plan_says(
     n: int, d: int, memory: str | None, name: str, monkeypatch: pytest.MonkeyPatch

@@ -230,6 +230,11 @@ def test_a_card_with_little_shared_memory_gets_a_tile_that_fits() -> None:
 
 
 def test_macro_tiles_fill_whole_waves() -> None:
-    for side, _ in tuning.macro_tiles(768, 2, 132, 128 << 20):
+    for side in {side for tile in tuning.macro_tiles(768, 2, 132, 128 << 20) for side in tile}:
         blocks = side // 128 * 3
         assert blocks / 132 / -(-blocks // 132) >= 0.95
+
+
+def test_a_budget_between_one_wave_and_two_is_filled_by_an_oblong_tile() -> None:
+    rows, columns = tuning.macro_tiles(768, 2, 132, 100 << 20)[0]
+    assert 0.9 * (100 << 20) <= rows * columns <= 100 << 20

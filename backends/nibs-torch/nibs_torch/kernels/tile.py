@@ -77,6 +77,7 @@ def dots(
         ok = tl.arange(0, BK)
         qs = Q + om[:, None] * sq0 + ok[None, :].to(tl.int64) * sq1
         ks = K + on[None, :] * sk0 + ok[:, None].to(tl.int64) * sk1
+        step = tl.full((), BK, tl.int64)  # transposed rows: sq1 is as large as there are rows
         for k in range(0, steps):
             inside = ok < d - k * BK
             a = tl.load(qs, mask=inside[None, :], other=0.0)
@@ -84,8 +85,8 @@ def dots(
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            qs += BK * sq1
-            ks += BK * sk1
+            qs += step * sq1
+            ks += step * sk1
     return acc
 
 

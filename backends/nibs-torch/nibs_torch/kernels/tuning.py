@@ -60,9 +60,10 @@ class Card:
 
 # By kernel, the best guess first; `tune` times them all. Halves: 2-byte elements; the rest: float32. After a kernel's
 # own choices come those that fit any card. Ragged: tiles cut off at an edge, whose masks take registers. Busy: kernels
-# with ids, a margin, exclusions or statistics compiled in, which take more of them. Kept: logits are stored, in
-# float32, on their way through shared memory; weights from kept logits have no products to be fast at. Loose: rows that
-# the copy engine cannot fetch, for they do not lie on 16-byte steps; every address of theirs is worked out.
+# with ids, a margin or exclusions compiled in, which take more of them. Sums: with smoothing, sums of logits and other
+# statistics. Full: both. Kept: logits are stored, in float32, on their way through shared memory; weights from kept
+# logits have no products to be fast at. Loose: rows that the copy engine cannot fetch, for they do not lie on 16-byte
+# steps; every address of theirs is worked out. Least: whatever comes together.
 #
 # Hopper, whose copies come through descriptors: an SM reads its operands from the L2 cache, 64 flops for each byte in
 # tiles of 128 x 128 and 85 at 128 x 256; at 64, every SM at full rate would read 12 TB/s. So tiles of 128 x 256 come
@@ -70,7 +71,7 @@ class Card:
 # the finish and read more.
 Choices = dict[str, tuple[Config, ...]]
 AMPERE = {
-    "*": (Config(128, 64, 32, 8, 3),),
+    **dict.fromkeys(("*", "* busy", "* sums", "* full"), (Config(128, 64, 32, 8, 3),)),
     "lse": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3)),
     "lse kept": (Config(128, 64, 32, 8, 3),),
     "weights": (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 8, 3)),
@@ -93,6 +94,8 @@ HALVES: dict[str, Choices] = {
         "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
         "lse loose": LOOSE,
         "lse kept": (Config(128, 128, 64, 8, 3, True, 1),),
+        "lse busy": (Config(128, 128, 64, 8, 3, True, 1),),
+        "lse sums": (Config(128, 64, 64, 8, 4, True, 1),),
         "weights": (
             Config(128, 256, 64, 8, 3, True, 1),
             Config(128, 256, 64, 8, 4, True, 1),
@@ -101,6 +104,8 @@ HALVES: dict[str, Choices] = {
             Config(128, 128, 64, 4, 3, True, 2),
         ),
         "weights ragged": (Config(128, 128, 64, 8, 3, True, 1),),
+        "weights busy": (Config(128, 128, 64, 8, 3, True, 1),),
+        "weights full": (Config(128, 64, 64, 8, 4, True, 1),),
         "weights loose": LOOSE,
         "sigmoid": (
             Config(128, 256, 64, 8, 3, True, 1),
@@ -109,15 +114,20 @@ HALVES: dict[str, Choices] = {
             Config(128, 64, 64, 8, 4, True, 1),
         ),
         "sigmoid ragged": (Config(128, 64, 64, 8, 4, True, 1),),
+        "sigmoid busy": (Config(128, 64, 64, 8, 4, True, 1),),
         "sigmoid loose": LOOSE,
         "product": (Config(128, 128, 64, 8, 3),),
     },
     "sm_100": {
-        "*": (Config(128, 64, 64, 8, 3),),
+        **dict.fromkeys(("*", "lse busy", "sigmoid busy", "lse sums"), (Config(128, 64, 64, 8, 3),)),
         "lse": (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 3)),
         "product": (Config(128, 128, 64, 8, 3),),
     },
-    "sm_120": {"*": (Config(128, 64, 32, 8, 3),), "weights": AMPERE["weights"], "product": AMPERE["product"]},
+    "sm_120": {
+        **dict.fromkeys(("*", "* busy", "lse sums", "weights full"), (Config(128, 64, 32, 8, 3),)),
+        "weights": AMPERE["weights"],
+        "product": AMPERE["product"],
+    },
     "gfx942": {"*": (Config(128, 64, 32, 8, 2),)},
 }
 FLOATS: dict[str, Choices] = {arch: {"*": (Config(128, 64, 32, 8, 3),)} for arch in ("sm_80", "sm_89", "sm_90")}
@@ -129,23 +139,22 @@ INTERPRETER = (Config(32, 64, 32, 4, 1),)
 SMALL = {"repair": Config(64, 64, 32, 8, 3), "wide": Config(64, 64, 32, 8, 2)}
 
 
-def choices(
-    arch: str, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, kind: str = ""
-) -> tuple[Config, ...]:
+def choices(arch: str, kernel: str, item: int, *, ieee: bool = False, kind: str = "") -> tuple[Config, ...]:
     """Configurations for elements of `item` bytes, first choice first.
 
-    arch: as in `Card`. kind: `"ragged"`, `"loose"`, or `"kept"` where an lse leaves its logits, or weights are made
-    from them.
+    arch: as in `Card`. kind: `""`, or what takes registers beside the tile, as the table's comment says.
     """
     if arch == "interpreter":
         return INTERPRETER
     if ieee:
         return (*IEEE, *SAFE)
-    if busy or (kernel, kind) == ("weights", "kept"):
-        return SAFE
     table = (HALVES if item == 2 else FLOATS).get(arch, {})
     own = table.get(kernel, table.get("*", ()))
-    return (*(table.get(f"{kernel} {kind}", own) if kind else own), *SAFE)
+    if kind in ("busy", "sums", "full", "least") or (kernel, kind) == ("weights", "kept"):
+        own = ()  # unless the table says else
+    if kind:
+        own = table.get(f"{kernel} {kind}", table.get(f"* {kind}", own))
+    return (*own, *SAFE)
 
 
 def small(kernel: str, within: Config) -> Config:
@@ -161,12 +170,12 @@ def shared_bytes(config: Config, item: int) -> int:
     return operands + 2 * KIB * config.warps + KIB  # barriers
 
 
-def config(card: Card, kernel: str, item: int, *, ieee: bool = False, busy: bool = False, kind: str = "") -> Config:
+def config(card: Card, kernel: str, item: int, *, ieee: bool = False, kind: str = "") -> Config:
     """What was measured on this card, else the first choice that fits it."""
-    kept = None if busy or kind else _cache().get(_key(card, kernel, item, ieee))
+    kept = None if kind else _cache().get(_key(card, kernel, item, ieee))
     if kept is not None:
         return kept
-    found = choices(card.arch, kernel, item, ieee=ieee, busy=busy, kind=kind)
+    found = choices(card.arch, kernel, item, ieee=ieee, kind=kind)
     return next((one for one in found if shared_bytes(one, item) <= card.shared), found[-1])
 
 
@@ -194,21 +203,27 @@ def card_of(device: Any) -> Card:
 
 
 def macro_tiles(d: int, item: int, sms: int, area: int) -> list[tuple[int, int]]:
-    """Square macro tiles for weights of `item` bytes, largest first, up to `area` elements.
+    """Macro tiles for weights of `item` bytes, up to `area` elements: those first that move the fewest bytes.
 
-    Rows are multiples of 256 that keep the library's products at whole waves: `(rows / 128) ceil(d / 256)` tiles of the
-    product are just below a multiple of the number of multiprocessors, to within a twentieth.
+    Both sides are multiples of 256 that keep the library's products at whole waves: `(side / 128) ceil(d / 256)` tiles
+    of the product are just below a multiple of the number of multiprocessors, to within a twentieth. A macro tile reads
+    and writes float32 gradients of its rows and of its columns, which the products cannot hide, for they do it as they
+    end: `1 / rows + 1 / columns` elements for each pair and column of theirs. Square ones move the fewest; where those
+    jump from one wave to two, oblong ones fill the gap.
     """
     high, wide = LIBRARY_TILE
     across = -(-d // wide)
-    found = []
-    side = int(area**0.5) // 256 * 256
-    while side >= 1024:
+    waves: dict[int, list[int]] = {}
+    for side in range(1024, int(2 * area**0.5), 256):
         blocks = side // high * across
-        waves = -(-blocks // sms)
-        if blocks >= 0.95 * waves * sms:
-            found.append((side, side))
-        side -= 256
+        count = -(-blocks // sms)
+        if blocks >= 0.95 * count * sms:
+            waves.setdefault(count, []).append(side)
+    squares = [(side, side) for sides in waves.values() for side in sides]
+    fullest = [sides[-1] for sides in waves.values()]
+    oblong = [(rows, columns) for columns in fullest for rows in fullest if columns < rows <= 4 * columns]
+    found = [one for one in squares + oblong if one[0] * one[1] <= area]
+    found.sort(key=lambda one: 1 / one[0] + 1 / one[1])
     return found or [(max(256, int(area**0.5) // 256 * 256),) * 2]
 
 
@@ -259,7 +274,9 @@ def tune(
     path = cache_path()
     kept = {**_cache(), _key(card, kernel, item, ieee): next(iter(times))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({key: asdict(one) for key, one in kept.items()}, indent=1, sort_keys=True) + "\n")
+    whole = path.with_name(f"{path.name}.{os.getpid()}")
+    whole.write_text(json.dumps({key: asdict(one) for key, one in kept.items()}, indent=1, sort_keys=True) + "\n")
+    whole.replace(path)  # at once: another process may be reading
     _cache.cache_clear()
     return times
 
