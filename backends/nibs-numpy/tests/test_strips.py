@@ -31,6 +31,7 @@ def outcome(asked, dtype="float32"):
     rng = np.random.default_rng(7)
     queries, keys = (rng.standard_normal((rows, D)).astype(dtype) for rows in (N, M))
     queries, keys = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, keys))
+    queries *= np.linspace(0.3, 1, N, dtype=dtype)[:, None]  # the largest logit comes late, and moves the shift
     options = {"scale": 20.0, "bias": 0.0, "plan": nibs.plan(N, M, D, dtype, query_tile=30, key_tile=M), **asked}
     if options.pop("masks", False):
         options.update(query_mask=np.arange(N) % 5 > 0, key_mask=np.arange(M) % 7 > 0)
