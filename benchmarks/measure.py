@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +31,8 @@ PRODUCTS = {"InfoNCE": 4, "Sigmoid": 3}
 """Matrix products of 2 n^2 d flops that a step needs without keeping its tiles: the yardstick of `rate`."""
 SIDE = 2048  # of the square product that measures the machine
 LONG_ENOUGH = 0.02  # seconds of calls in a turn, so that a clock tick or a page fault does not decide
-PATIENCE = 240  # seconds for a process that measures a peak
+SAMPLE = 64  # rows of each side whose gradients are compared with float64
+PATIENCE = 240  # seconds for a process that measures a peak, and for a first step unless told otherwise
 
 
 def batch(n: int, d: int, dtype: str, objective: str, device: str, memory: str | None = None) -> Batch:
@@ -46,32 +50,77 @@ def batch(n: int, d: int, dtype: str, objective: str, device: str, memory: str |
     return Batch(queries, keys, dtype, device, SCALE[objective], BIAS[objective], memory)
 
 
-def truth(one: Batch, objective: str) -> tuple[float, list[np.ndarray]]:
-    """The dense loss and the gradients of queries and keys, in float64. Logits are small here: no maximum is taken."""
-    queries, keys = one.queries.astype(np.float64), one.keys.astype(np.float64)
-    logits = one.scale * queries @ keys.T + one.bias
-    n = one.n
-    eye = np.eye(n)
+@dataclass(frozen=True)
+class Truth:
+    """In float64: the loss of a batch, and of the rows `sample` of each side its gradient."""
+
+    loss: float
+    sample: np.ndarray
+    gradients: list[np.ndarray]
+
+
+def truth(one: Batch, objective: str) -> Truth:
+    """Strip by strip. Logits are small here: no maximum is taken."""
+    queries, keys, n = one.queries.astype(np.float64), one.keys.astype(np.float64), one.n
+    positives = one.scale * (queries * keys).sum(1) + one.bias
+    sample = np.arange(0, n, -(-n // SAMPLE))
+
+    def logits(rows: Any, columns: Any) -> np.ndarray:
+        return one.scale * queries[rows] @ keys[columns].T + one.bias
+
+    strips = [slice(begin, begin + 1024) for begin in range(0, n, 1024)]
     if objective == "InfoNCE":
-        raised = np.exp(logits)
-        rows, columns = raised.sum(1), raised.sum(0)
-        loss = (np.log(rows) + np.log(columns) - 2 * np.diag(logits)).sum() / (2 * n)
-        weights = (raised / rows[:, None] + raised / columns[None, :] - 2 * eye) / (2 * n)
+        rows, columns = np.zeros(n), np.zeros(n)
+        for where in strips:
+            raised = np.exp(logits(where, slice(None)))
+            rows[where] = raised.sum(1)
+            columns += raised.sum(0)
+        loss = (np.log(rows) + np.log(columns) - 2 * positives).sum() / (2 * n)
+
+        def weights(i: Any, j: Any) -> np.ndarray:
+            raised = np.exp(logits(i, j))
+            return (raised / rows[i][:, None] + raised / columns[j] - 2 * same(i, j)) / (2 * n)
     else:
-        signs = 2 * eye - 1
-        loss = np.log1p(np.exp(-signs * logits)).sum() / n
-        weights = -signs / (1 + np.exp(signs * logits)) / n
-    return float(loss), [one.scale * weights @ keys, one.scale * weights.T @ queries]
+        loss = np.sum([np.log1p(np.exp(logits(where, slice(None)))).sum() for where in strips])
+        loss = (loss - positives.sum()) / n  # log(1 + e^-s) = log(1 + e^s) - s
+
+        def weights(i: Any, j: Any) -> np.ndarray:
+            return (1 / (1 + np.exp(-logits(i, j))) - same(i, j)) / n
+
+    def same(i: Any, j: Any) -> np.ndarray:
+        return np.arange(n)[i][:, None] == np.arange(n)[j]
+
+    every = slice(None)
+    of_queries, of_keys = weights(sample, every) @ keys, weights(every, sample).T @ queries
+    return Truth(float(loss), sample, [one.scale * of_queries, one.scale * of_keys])
 
 
-def errors(step: Step, loss: float, one: Batch, objective: str) -> tuple[float, float]:
-    """Distance from float64: of the loss; of the gradients, relative to their largest entry."""
-    exact, gradients = truth(one, objective)
+def errors(step: Step, loss: float, right: Truth) -> tuple[float, float]:
+    """Distance from float64: of the loss; of the sampled gradients, relative to their largest entry."""
     apart = [
-        np.abs(found - right).max() / np.abs(right).max()
-        for found, right in zip(step.gradients(), gradients, strict=True)
+        np.abs(found[right.sample] - exact).max() / np.abs(exact).max()
+        for found, exact in zip(step.gradients(), right.gradients, strict=True)
     ]
-    return abs(loss - exact), float(max(apart))
+    return abs(loss - right.loss), float(max(apart))
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Break off what takes longer, with a TimeoutError, as soon as Python has a say; not where there is no alarm."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"its first step was not over after {seconds:g} s")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def seconds(calls: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:

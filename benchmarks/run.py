@@ -1,6 +1,7 @@
 """nibs beside its peers, in one command, on the machine it stands on: speed, memory and error, as tables and plots.
 
-    python benchmarks/run.py                                        a few minutes; prints Markdown
+    python benchmarks/run.py                                        some ten minutes; prints Markdown
+    python benchmarks/run.py --n 64 256 --no-memory                 one minute: who can run here?
     python benchmarks/run.py --results benchmarks/results           also cpu.json and cpu.png (cuda.*) there
     python benchmarks/run.py --docs docs/performance.md             also puts the tables into that page
     python benchmarks/run.py --n 2048 8192 --only nibs dense --turns 9
@@ -11,10 +12,11 @@ What is measured, for each contender of contenders.py, is a step (loss and gradi
     growth over n     both losses, float32 and bfloat16, one width
     growth over d     the symmetric loss, one batch
     memory            of a step, beyond inputs and gradients, in a fresh process (on a CPU: for float32)
-    error             of loss and gradients from float64, on the first pairs of the batch as a batch of their own
+    error             of the loss from float64, and of the gradients of some rows
+    first step        with what a contender compiles before it, which no other figure counts
 
-A contender that cannot run has a row with its reason. A peer whose step would take longer than `--seconds` is left
-out of larger batches, which the table says too.
+A contender that cannot run has a row with its reason; so has one whose first step is not over after `--patience`. A
+peer whose step would take longer than `--seconds` is left out of larger batches and widths, which the table says too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -30,10 +33,23 @@ from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, Contender
-from measure import ONE_THREAD, PRODUCTS, batch, errors, machine, one_thread, peaks, product_rates, seconds, timed
+from measure import (
+    ONE_THREAD,
+    PATIENCE,
+    PRODUCTS,
+    batch,
+    errors,
+    machine,
+    one_thread,
+    patience,
+    peaks,
+    product_rates,
+    seconds,
+    truth,
+)
 
 DENSE = "dense torch"
-EXACT = 1024  # rows at most that are compared with float64
+EXACT = 16384  # rows at most that are compared with float64, which takes as long as many steps
 CPU_SIZES = {
     ("InfoNCE", "float32"): [64, 256, 1024, 4096, 8192],
     ("InfoNCE", "bfloat16"): [256, 1024, 8192],
@@ -51,9 +67,9 @@ MEMORY_FROM = 1024  # rows: below, a process's pages say more than the loss
 
 @dataclass
 class Row:
-    """One contender on one batch. of_dense and rate: of a step. reason: why there are no figures.
+    """One contender on one batch. of_dense and rate: of a step. first: seconds of its first one, compilers included.
 
-    over_d: part of the growth over d.
+    reason: why there are no figures. over_d: part of the growth over d.
     """
 
     contender: str
@@ -67,6 +83,7 @@ class Row:
     of_dense: float | None = None
     forward_of_dense: float | None = None
     rate: float | None = None
+    first: float | None = None
     peak: int | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
@@ -108,6 +125,7 @@ class Run:
     def measure(self, objective: str, dtype: str, n: int, d: int, following: int = 0) -> list[Row]:
         """A row for each contender that is still there, on one batch; following: rows of the next one."""
         one = batch(n, d, dtype, objective, self.device, self.options.memory)
+        right = truth(one, objective) if n <= EXACT else None
         rows, steps = [], {}
         for contender in self.chosen(objective):
             row = Row(contender.name, contender.kind, objective, dtype, n, d)
@@ -119,20 +137,21 @@ class Run:
                 continue
             rows.append(row)
             try:
-                steps[contender.name] = step = contender.make(one)
-                loss = step.both()
-                if n <= EXACT:
-                    row.loss_error, row.gradient_error = errors(step, loss, one, objective)
+                began = time.perf_counter()
+                with patience(self.options.patience):
+                    steps[contender.name] = step = contender.make(one)
+                    loss = step.both()
+                row.first = time.perf_counter() - began
+                if right is not None:
+                    row.loss_error, row.gradient_error = errors(step, loss, right)
                 step.forward()
-                again = timed(step.both)
             except Exception as error:  # a guest may fail in any way
                 steps.pop(contender.name, None)
                 row.reason, self.gone[key] = _reason(error), ""  # said once
                 continue
-            if contender.kind == "peer" and again * (following / n) ** 2 > self.options.seconds:
-                self.gone[key] = f"left out from here on: {again:.1f} s a step at n = {n}"
         calls = {(name, what): getattr(step, what) for name, step in steps.items() for what in ("forward", "both")}
         best = seconds(calls, self.options.turns)
+        limit = self.options.seconds
         for row in rows:
             if row.contender in steps:
                 row.forward, row.step = best[row.contender, "forward"], best[row.contender, "both"]
@@ -140,6 +159,9 @@ class Run:
                 if (DENSE, "both") in best:
                     row.of_dense = row.step / best[DENSE, "both"]
                     row.forward_of_dense = row.forward / best[DENSE, "forward"]
+                if row.kind == "peer" and row.step * (following / n) ** 2 > limit:
+                    why = f"{row.step:.2g} s a step at n = {n}: this one would take longer than --seconds {limit:g}"
+                    self.gone[row.contender, objective, dtype] = why
         self.rows += rows
         print(f"{objective} {dtype} n = {n} d = {d}: {len(steps)} contenders", flush=True)
         return rows
@@ -164,17 +186,12 @@ def tables(rows: list[Row], rates: dict[str, float], about: dict[str, Any]) -> s
         mine = [row for row in rows if (row.objective, row.dtype) == (objective, dtype)]
         over_n = [row for row in mine if row.d == width and not row.over_d]
         lines += [f"{objective}, {dtype}, d = {width}: seconds of a step (of dense)", "", *_growth(over_n, "n"), ""]
-        last = {row.contender: row for row in over_n if row.step is not None}
-        lines += [
-            "Each at its largest batch; errors at the largest that was compared with float64:",
-            "",
-            "| loss | n | forward s | step s | forward of dense | step of dense | rate | peak MB | loss error | "
-            "gradient error |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *(_line(row, over_n) for row in last.values()),
-            *(f"| {row.contender} | {row.reason.replace('|', '/')} | | | | | | | | |" for row in over_n if row.reason),
-            "",
-        ]
+        lines += ["Each at its largest batch; errors at the largest that was compared with float64:", ""]
+        lines += [*_largest(over_n), ""]
+        lines += _reasons(over_n)
+        notes = {one.name: one.note for one in CONTENDERS if one.objective == objective and one.note}
+        said = [f"{name}: {notes[name]}" for name in dict.fromkeys(row.contender for row in over_n) if name in notes]
+        lines += [f"{'; '.join(said)}.", ""] if said else []
         over_d = [row for row in mine if row.over_d]
         if over_d:
             lines += [f"{objective}, {dtype}, n = {over_d[0].n}: seconds of a step (of dense)", ""]
@@ -194,20 +211,40 @@ def _growth(rows: list[Row], across: str) -> list[str]:
     return lines
 
 
-def _line(row: Row, rows: list[Row]) -> str:
-    compared = [one for one in rows if one.contender == row.contender and one.loss_error is not None]
-    exact = compared[-1] if compared else row
-    cells = [
-        f"{row.forward:.3g}",
-        f"{row.step:.3g}",
-        _ratio(row.forward_of_dense),
-        _ratio(row.of_dense),
-        _ratio(row.rate),
-        "" if row.peak is None else f"{row.peak / 1e6:.0f}",
-        "" if exact.loss_error is None else f"{exact.loss_error:.0e}",
-        "" if exact.gradient_error is None else f"{exact.gradient_error:.0e}",
-    ]
-    return f"| {row.contender} | {row.n} | " + " | ".join(cells) + " |"
+def _largest(rows: list[Row]) -> list[str]:
+    """A line for each contender, at its largest batch; a column for each figure that somebody has."""
+    last = {row.contender: row for row in rows if row.step is not None}
+    columns: dict[str, list[str]] = {}
+    for name, row in last.items():
+        mine = [one for one in rows if one.contender == name]
+        exact = [one for one in mine if one.loss_error is not None][-1:] or [row]
+        cells = {
+            "loss": name,
+            "n": str(row.n),
+            "first step s": f"{max(one.first or 0 for one in mine):.2g}",
+            "forward s": f"{row.forward:.3g}",
+            "step s": f"{row.step:.3g}",
+            "forward of dense": _ratio(row.forward_of_dense),
+            "step of dense": _ratio(row.of_dense),
+            "rate": _ratio(row.rate),
+            "peak MB": "" if row.peak is None else f"{row.peak / 1e6:.0f}",
+            "loss error": "" if exact[0].loss_error is None else f"{exact[0].loss_error:.0e}",
+            "gradient error": "" if exact[0].gradient_error is None else f"{exact[0].gradient_error:.0e}",
+        }
+        for head, cell in cells.items():
+            columns.setdefault(head, []).append(cell)
+    shown = {head: cells for head, cells in columns.items() if any(cells)}
+    rule = ["---" if head == "loss" else "---:" for head in shown]
+    return ["| " + " | ".join(line) + " |" for line in (shown, rule, *zip(*shown.values(), strict=True))]
+
+
+def _reasons(rows: list[Row]) -> list[str]:
+    """A line for each contender that could not run, or not as far as the others."""
+    found = [(row.contender, row.n, row.reason.replace("|", "/")) for row in rows if row.reason]
+    if not found:
+        return []
+    lines = [f"| {name} | {n} | {reason} |" for name, n, reason in found]
+    return ["| without figures | from n | reason |", "| --- | ---: | --- |", *lines, ""]
 
 
 def _ratio(value: float | None) -> str:
@@ -242,7 +279,8 @@ def plot(every: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(5 * len(panels), 4.5), constrained_layout=True, squeeze=False
     )
-    colours = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(row.contender for row in mine))}
+    names = dict.fromkeys(row.contender for row in mine if row.step is not None)
+    colours = {name: pyplot.get_cmap("tab20")(2 * index % 19) for index, name in enumerate(names)}
     for axis, (rows, across, up, title) in zip(axes[0], panels, strict=True):
         for name, colour in colours.items():
             points = sorted(
@@ -253,6 +291,9 @@ def plot(every: list[Row], path: Path) -> None:
                 axis.loglog(*zip(*points), "o-" if ours else "s--", label=name, color=colour, lw=2 if ours else 1)
         fixed = {f"{other} = {getattr(row, other)}" for row in rows for other in "nd" if other != across}
         axis.set(xlabel=across, title=", ".join([title, *fixed]))
+        sizes = sorted({getattr(row, across) for row in rows if getattr(row, up)})
+        axis.set_xticks(sizes, [f"{size}" for size in sizes])
+        axis.set_xticks([], minor=True)
         axis.grid(True, which="major", alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -271,7 +312,7 @@ def put_into(page: Path, name: str, text: str) -> None:
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description="nibs beside its peers: speed, memory and error on this machine.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, nargs="+", help="batch sizes, for every table; default: by the machine")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="of the growth over d; empty: none")
@@ -280,6 +321,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="contenders whose names contain one of these words")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="longest step of a peer")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for a first step, with its compiler")
     parser.add_argument("--memory", help="budget for nibs, such as 512MiB; default: its own")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks, which take a process each")
     parser.add_argument("--one-thread", action="store_true", help="one thread, and CPU time in the place of a clock's")
@@ -300,7 +342,6 @@ def main() -> None:
         if objective in options.objectives and dtype in options.dtypes:
             run.grow(objective, dtype, options.n or default, options.dim)
     if options.widths and "InfoNCE" in options.objectives and "float32" in options.dtypes:
-        options.only = options.only or [DENSE, "nibs"]
         for d in options.widths:
             for row in run.measure("InfoNCE", "float32", AT[device[:4]], d):
                 row.over_d = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def run(monkeypatch):
 
 
 def asked(run, *names):
-    options = argparse.Namespace(only=list(names), memory=None, turns=0, seconds=8.0, no_memory=True)
+    options = argparse.Namespace(only=list(names), memory=None, turns=0, seconds=8.0, no_memory=True, patience=30.0)
     return run.Run(options, "cpu", {"float32, torch": 1e9})
 
 
@@ -26,7 +27,7 @@ def asked(run, *names):
 @pytest.mark.parametrize("name", ["dense torch", "nibs torch", "nibs numpy"])
 def test_a_contender_computes_the_loss_of_its_column(run, monkeypatch, objective, name):
     monkeypatch.setattr(run, "CONTENDERS", [one for one in run.CONTENDERS if one.name == name])
-    (row,) = asked(run).measure(objective, "float32", 24, 8)
+    (row,) = asked(run).measure(objective, "float32", 150, 8)  # more than are sampled
     assert row.reason == ""
     assert row.loss_error < 1e-5
     assert row.gradient_error < 1e-4
@@ -46,14 +47,40 @@ def test_who_cannot_run_has_one_row_with_the_reason(run, monkeypatch):
 def test_a_slow_peer_is_left_out_of_larger_batches_and_the_table_says_so(run, monkeypatch):
     step = importlib.import_module("contenders").Step
     monkeypatch.setattr(run, "errors", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(run, "timed", lambda _: 3.0)
+    monkeypatch.setattr(run, "seconds", lambda calls, turns: dict.fromkeys(calls, 3.0))
     slow = run.Contender("a peer", "InfoNCE", "peer", lambda batch: step(lambda: 0.0, lambda: 0.0, list))
     monkeypatch.setattr(run, "CONTENDERS", [slow])
     here = asked(run)
     here.measure("InfoNCE", "float32", 8, 4, following=16)  # four times as long: 12 seconds
     here.measure("InfoNCE", "float32", 16, 4)
     assert here.rows[0].step is not None
-    assert here.rows[1].reason == "left out from here on: 3.0 s a step at n = 8"
+    assert here.rows[1].reason == "3 s a step at n = 8: this one would take longer than --seconds 8"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no alarm")
+def test_a_first_step_that_is_not_over_in_time_is_broken_off(run, monkeypatch):
+    def make(batch):
+        while True:
+            pass
+
+    monkeypatch.setattr(run, "CONTENDERS", [run.Contender("a peer", "InfoNCE", "peer", make)])
+    here = asked(run)
+    here.options.patience = 0.01
+    (row,) = here.measure("InfoNCE", "float32", 8, 4)
+    assert row.reason == "TimeoutError: its first step was not over after 0.01 s"
+
+
+def test_the_table_says_who_is_missing_and_what_a_reader_must_know(run, monkeypatch):
+    row = run.Row("a peer", "peer", "InfoNCE", "float32", 8, 4, forward=1.0, step=2.0, first=30.0)
+    late = run.Row("a peer", "peer", "InfoNCE", "float32", 16, 4, reason="2 s a step at n = 8")
+    known = run.Contender("a peer", "InfoNCE", "peer", lambda _: None, "no gradient of the scale")
+    monkeypatch.setattr(run, "CONTENDERS", [known])
+    about = {"gpu": "a card", "date": "today", "command": "this", "dim": 4}
+    text = run.tables([row, late], {}, about)
+    assert "| loss | n | first step s | forward s | step s |" in text  # and no column that nobody fills
+    assert "| a peer | 8 | 30 | 1 | 2 |" in text
+    assert "| a peer | 16 | 2 s a step at n = 8 |" in text
+    assert "a peer: no gradient of the scale." in text
 
 
 def test_tables_replace_those_between_the_marks_of_a_page(run, tmp_path):
