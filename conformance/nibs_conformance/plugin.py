@@ -61,7 +61,7 @@ def _ours(path: Path) -> bool:
     return path.parent == HERE
 
 
-def _listed(config: pytest.Config, option: str) -> list[str]:
+def listed(config: pytest.Config, option: str) -> list[str]:
     value = config.getoption(option)
     parts = [value] if isinstance(value, str) else value or []
     return [name.strip() for part in parts for name in part.split(",") if name.strip()]
@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in fixtures:
         from nibs_conformance.cases import CASES
 
-        patterns = _listed(config, "--nibs-cases") or ["*"]
+        patterns = listed(config, "--nibs-cases") or ["*"]
         wanted = getattr(metafunc.function, "nibs_cases", None)
         found = [
             case
@@ -91,7 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _backends(config: pytest.Config) -> list[str]:
-    names = _listed(config, "--nibs-backend")
+    names = listed(config, "--nibs-backend")
     if not names:
         from nibs.registry import registry
 
@@ -100,7 +100,7 @@ def _backends(config: pytest.Config) -> list[str]:
 
 
 def _dtypes(config: pytest.Config) -> list[str]:
-    names = _listed(config, "--nibs-dtypes") or list(DTYPES)
+    names = listed(config, "--nibs-dtypes") or list(DTYPES)
     for name in names:
         if name not in DTYPES:
             raise pytest.UsageError(f"--nibs-dtypes {name}: expected names out of {', '.join(DTYPES)}.")
@@ -144,6 +144,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if facts is not None:
         report.nibs = {**facts, "measured": item.stash.get(MEASURED, [])}
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that writes the report what one of xdist's workers ran on: it has imported no framework."""
+    if hasattr(session.config, "workeroutput") and session.config.getoption("--nibs-report"):
+        from nibs_conformance.report import machine
+
+        session.config.workeroutput["nibs_machine"] = machine()
 
 
 def _short(item: pytest.Item) -> str:

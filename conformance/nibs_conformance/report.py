@@ -25,6 +25,8 @@ from typing import Any
 
 import pytest
 
+from nibs_conformance.plugin import listed
+
 __all__ = ["Recorder", "machine", "page"]
 
 LEVELS = {
@@ -46,10 +48,15 @@ class Recorder:
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.tests: dict[str, dict[str, Any]] = {}
+        self.machine: dict[str, str] = {}
         self.began = time.time()
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: Any) -> None:
+        self.machine.update(getattr(node, "workeroutput", {}).get("nibs_machine", {}))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        facts = getattr(report, "nibs", None)
+        facts = getattr(report, "nibs", None) or self._crashed(report)
         if facts is None:
             return
         entry = self.tests.setdefault(report.nodeid, {**facts, "outcome": "passed", "seconds": 0.0, "reason": ""})
@@ -66,6 +73,21 @@ class Recorder:
             where = report.longrepr
             entry["reason"] = str(where[2] if isinstance(where, tuple) else where).removeprefix("Skipped: ")
 
+    def _crashed(self, report: pytest.TestReport) -> dict[str, Any] | None:
+        """What its name says of a test of the suite in which one of xdist's workers ended."""
+        file, _, name = report.nodeid.rpartition("::")
+        if not report.failed or Path(file).name not in LEVELS:
+            return None
+        backends = listed(self.config, "--nibs-backend")
+        return {
+            "backend": next((backend for backend in backends if backend in name), backends[0]),
+            "file": Path(file).name,
+            "test": name.partition("[")[0],
+            "dtype": None,
+            "case": None,
+            "measured": [],
+        }
+
     def pytest_sessionfinish(self) -> None:
         if not self.tests:
             return
@@ -81,7 +103,7 @@ class Recorder:
             "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime(self.began)),
             "seconds": round(time.time() - self.began, 1),
             "command": " ".join(["pytest", *map(str, self.config.invocation_params.args)]),
-            "machine": machine(),
+            "machine": {**machine(), **self.machine},
             "backends": {name: _declared(name, self.config.getoption("--nibs-device")) for name in names},
             "tests": list(self.tests.values()),
         }

@@ -173,6 +173,32 @@ def test_the_page_shows_cases_by_backend_and_what_fails(written: tuple[dict[str,
     assert "numpy fails" in page and "weights-symmetric" in page and "gradient of scale" in page
 
 
+CRASHES = """
+import os
+
+def pytest_runtest_setup(item):
+    if item.name.startswith("test_loss[") and item.name.endswith("-sigmoid]"):
+        os._exit(1)
+"""
+
+
+def test_a_run_by_several_processes_is_written_down_whole_and_one_that_ends_is_a_failure(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "crashes.py").write_text(CRASHES)
+    workers = ("-p", "xdist", "-p", "crashes", "-n", "2")
+    result = run(
+        *workers, "--pyargs", "nibs_conformance", "--nibs-backend", "numpy", *FEW, "--nibs-report", "r", cwd=tmp_path
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    found = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert "numpy" in found["machine"]
+    failed = [test for test in found["tests"] if test["outcome"] == "failed"]
+    assert [(test["test"], test["backend"]) for test in failed] == [("test_loss", "numpy")] and "gw" in failed[0][
+        "reason"
+    ]
+    assert len(found["tests"]) > 12
+
+
 def test_several_reports_become_one_page(written: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     found, _ = written
     page = report.page([found, found])
