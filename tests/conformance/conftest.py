@@ -43,9 +43,19 @@ class Run:
 
 @pytest.fixture
 def conform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Run]:
-    """`conform(backend, *arguments, name="numpy", claims=...)`: the suite against `backend` in the place of `name`."""
+    """`conform(backend, *arguments, name="numpy", claims=...)`: the suite against `backend` in the place of `name`.
 
-    def run(backend: Any, *arguments: str, name: str = "numpy", claims: Any = None, plugins: Sequence[Any] = ()) -> Run:
+    levels: the modules of the suite to collect, else all of them.
+    """
+
+    def run(
+        backend: Any,
+        *arguments: str,
+        name: str = "numpy",
+        claims: Any = None,
+        plugins: Sequence[Any] = (),
+        levels: Sequence[str] = ("nibs_conformance",),
+    ) -> Run:
         registry.load(name)
         status = registry._statuses[name]
         assert status.info is not None
@@ -63,6 +73,8 @@ def conform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ru
             "nibs_conformance.plugin",
             "-p",
             "no:cacheprovider",
+            # Nothing here asks for these, and they take a tenth of the time of tests as short as the suite's.
+            *("-p", "no:logging", "-p", "no:unraisableexception", "-p", "no:threadexception"),
             "-qq",
             "--no-header",
             "--no-summary",
@@ -70,7 +82,7 @@ def conform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Ru
             "/dev/null",
             "--tb=line",
         ]
-        where = ["--rootdir", str(tmp_path), "--pyargs", "nibs_conformance", "--nibs-backend", name]
+        where = ["--rootdir", str(tmp_path), "--pyargs", *levels, "--nibs-backend", name]
         found.code = int(pytest.main([*quiet, *where, *arguments], plugins=[found, *plugins]))
         return found
 

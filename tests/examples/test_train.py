@@ -19,8 +19,9 @@ import torch
 import train
 from toy_task import ToyTask, toy_options, trained_on_toys
 
-HERE = Path(__file__).parent
-TRAIN = HERE.parents[1] / "examples" / "train.py"
+from nibs_conformance.worlds import ProcessWorld
+
+TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
 needs_emoji = pytest.mark.skipif(
     any(
         importlib.util.find_spec(name) is None
@@ -87,10 +88,13 @@ def test_a_batch_in_micro_batches_trains_as_one_held_whole(tmp_path: Path, micro
 
 
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
-    found = torchrun(str(HERE / "toy_ranks.py"), str(tmp_path), "4")  # shares of 9 and 8, so three micro-batches
-    assert found.returncode == 0, found.stderr[-2000:]
-    ranks = torch.load(tmp_path / "ranks4.pt", weights_only=True)
-    assert largest_difference(ranks, trained_on_toys(toy_options(tmp_path))) < 1e-12
+    whole = trained_on_toys(toy_options(tmp_path))
+    preload = ("torch.distributed", "torch._dynamo", "toy_ranks")
+    with ProcessWorld(2, "nibs_torch.ring:open_ring", preload) as world:
+        answers = world.run("toy_ranks:train", str(tmp_path), 4)  # shares of 9 and 8, so three micro-batches
+    for parameters in answers:
+        assert not isinstance(parameters, BaseException), parameters
+        assert largest_difference([torch.from_numpy(one) for one in parameters], whole) < 1e-12
 
 
 @pytest.fixture

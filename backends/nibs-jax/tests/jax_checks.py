@@ -27,6 +27,7 @@ def rows(n: int, m: int, d: int = 8, seed: int = 0, dtype: str = "float32") -> t
     return jax.numpy.asarray(queries / 2, dtype), jax.numpy.asarray(keys / 2, dtype)
 
 
+@jax.jit  # one program, and not one for each operation and shape
 def dense(queries: Any, keys: Any, scale: Any = 1.0) -> Any:
     """The symmetric loss as everybody writes it, n x n."""
     logits = scale * queries @ keys.T

@@ -212,9 +212,8 @@ def test_a_ring_that_is_no_axis_is_refused(ring: Any) -> None:
         loss(*rows(8, 8), 1.0, ring=ring)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_that_meet_over_gloo_give_the_same(size: int, tmp_path: Path) -> None:
-    found = processes(size, tmp_path, "ring")
+def test_processes_that_meet_over_gloo_give_the_same(tmp_path: Path) -> None:
+    found = processes(3, tmp_path, "ring")  # the least that tell one way round from the other
     queries, keys = rows(24, 24)
     want = jax.value_and_grad(dense, (0, 1, 2))(queries, keys, 3.0)
     for one in found:
