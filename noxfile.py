@@ -17,6 +17,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -56,6 +58,20 @@ def install(session: nox.Session, *requirements: str, editable: list[str] | None
 def group(name: str) -> list[str]:
     """Name the requirements of a dependency group in pyproject.toml."""
     return nox.project.dependency_groups(PYPROJECT, name)
+
+
+# For two processes on two cores: threads of theirs that wait for one another do so busily. The suite has all threads.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def side_by_side(session: nox.Session, *commands: Sequence[str], env: dict[str, str] | None = None) -> None:
+    """Run commands two at a time, in this order, and show what each printed once it has ended; one alone as ever."""
+    if len(commands) == 1:
+        session.run(*commands[0], env=env)
+        return
+    with ThreadPoolExecutor(2) as pool:
+        for output in pool.map(lambda command: session.run(*command, env=env, silent=True), commands):
+            print(output)
 
 
 @nox.session
@@ -106,9 +122,9 @@ def conformance(session: nox.Session, backend: str) -> None:
     settings = settings.get("nibs", {})
     suite = ["python", "-m", "pytest", "--pyargs", "nibs_conformance", "--nibs-backend", backend]
     runs = [session.posargs] if session.posargs else settings.get("conformance-sample", [[]])
-    for number, arguments in enumerate(runs):
-        report = f"reports/{backend}" + (f"-{number + 1}" if number else "")
-        session.run(*suite, "--nibs-report", report, *arguments, env=settings.get("environment", {}))
+    reports = [f"reports/{backend}" + (f"-{number}" if number > 1 else "") for number in range(1, len(runs) + 1)]
+    commands = [[*suite, "--nibs-report", report, *arguments] for report, arguments in zip(reports, runs)]
+    side_by_side(session, *commands, env=settings.get("environment", {}))
 
 
 def interpreter(version: str) -> str | None:
@@ -138,20 +154,19 @@ def jax(session: nox.Session, version: str) -> None:
     folders = [".", "backends/nibs-numpy", "backends/nibs-jax", "conformance"]
     editable = [part for folder in folders for part in ("-e", folder)]
     session.install("-c", str(pins), *editable, "pytest", "pytest-timeout")
-    tests = "backends/nibs-jax/tests"
-    files = [f"{tests}/test_{name}.py" for name in ("foreign", "lowering", "transforms")]
-    session.run("python", "-m", "pytest", "--timeout=300", *files, "-k", "not million and not precision")
+    folder = "backends/nibs-jax/tests"
+    files = [f"{folder}/test_{name}.py" for name in ("foreign", "lowering", "transforms")]
+    tests = ("python", "-m", "pytest", "--timeout=300")
     # Of the decoupled step and the ring, what a newer JAX may see otherwise: transfers, memory, replicated gradients.
     some = "host_memory or complete or dropout or memory_is or inside_are"
-    session.run(
-        "python", "-m", "pytest", "--timeout=300", f"{tests}/test_decoupled.py", f"{tests}/test_ring.py", "-k", some
+    suite = ("python", "-m", "pytest", "--pyargs", "nibs_conformance", "--nibs-backend=jax", "--nibs-dtypes=float32")
+    few = ["--nibs-cases=symmetric,sigmoid,everything-symmetric", "-k=test_loss or gradient_of"]
+    side_by_side(
+        session,
+        [*tests, *files, "-k", "not million and not precision"],
+        [*tests, f"{folder}/test_decoupled.py", f"{folder}/test_ring.py", "-k", some],
+        [*suite, *few],
     )
-    few = [
-        "--nibs-dtypes=float32",
-        "--nibs-cases=symmetric,sigmoid,everything-symmetric",
-        "-k=test_loss or gradient_of",
-    ]
-    session.run("python", "-m", "pytest", "--pyargs", "nibs_conformance", "--nibs-backend=jax", *few)
 
 
 @nox.session
@@ -171,5 +186,9 @@ def integrations(session: nox.Session) -> None:
     # Without torchvision, which it asks for: the ordinary build of that breaks beside a small build of torch.
     install(session, "--no-deps", "open_clip_torch")
     pytest = ("python", "-m", "pytest", "--timeout=300")
-    session.run(*pytest, "tests/integrations", *session.posargs)
-    session.run(*pytest, "tests/ring/test_docs.py", "-k", "accelerate or lightning")
+    side_by_side(
+        session,
+        [*pytest, "tests/integrations", *session.posargs],
+        [*pytest, "tests/ring/test_docs.py", "-k", "accelerate or lightning"],
+        env=ONE_THREAD,
+    )
