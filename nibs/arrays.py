@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["class_names", "describe", "device_kind", "device_name", "dtype_name", "is_array", "overlap"]
+__all__ = ["class_names", "describe", "device_kind", "device_name", "dtype_name", "facts", "is_array", "overlap"]
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,6 +50,15 @@ def device_name(array: Any) -> str:
         index = getattr(device, "id", None)
     kind = {"gpu": "cuda"}.get(str(kind), str(kind))
     return kind if kind == "cpu" or index is None else f"{kind}:{index}"
+
+
+def facts(array: Any) -> tuple[Any, ...]:
+    """What is checked of an array: another with the same facts passes where it has passed.
+
+    Raises AttributeError for what is no array.
+    """
+    more = getattr(array, "device", None), getattr(array, "layout", None), getattr(array, "is_nested", False)
+    return (type(array), array.shape, array.dtype, *more)
 
 
 def device_kind(name: str) -> str:

@@ -18,13 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 from nibs.agreement import joining
-from nibs.arrays import describe, device_name, dtype_name, is_array
+from nibs.arrays import describe, device_name, dtype_name, facts, is_array
 from nibs.capabilities import BackendInfo
 from nibs.errors import BackendUnavailable, InvalidInput, Unsupported
 from nibs.registry import registry
 from nibs.request import WRT, Request, check_values, make_request
 from nibs.ring import Ring
-from nibs.spec import Backend, Gradients, InfoNCE
+from nibs.spec import Backend, Gradients, InfoNCE, Sigmoid
 
 __all__ = ["contrastive_loss", "contrastive_loss_and_grad", "use_backend"]
 
@@ -98,10 +98,8 @@ def _loss(queries: Any, keys: Any, backend: str | None, options: dict[str, Any])
         raise InvalidInput(
             "out= with contrastive_loss: its gradients are autograd's. Use contrastive_loss_and_grad, which fills them."
         )
-    request = make_request(queries, keys, registry, **_known(options))
+    request, name = _ready(queries, keys, backend, options)
     owner = registry.load(request.owner)
-    check_values(request, owner)
-    name = _serve(request, backend)
     if name == request.owner:
         return owner.loss(request)
     return owner.differentiable(request, _crossing(name, owner))
@@ -122,15 +120,13 @@ def contrastive_loss_and_grad(queries: Any, keys: Any, *, backend: str | None = 
 
 
 def _loss_and_grad(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]) -> Any:
-    request = make_request(queries, keys, registry, **_known(options))
+    request, name = _ready(queries, keys, backend, options)
     if request.reduction == "none":
         raise InvalidInput(
             "reduction='none' with contrastive_loss_and_grad: n values have no one gradient. Use 'mean' or 'sum', "
             "or differentiate contrastive_loss."
         )
     owner = registry.load(request.owner)
-    check_values(request, owner)
-    name = _serve(request, backend)
     if name == request.owner:
         return owner.loss_and_grad(request)
     return _crossing(name, owner)(request)
@@ -155,6 +151,59 @@ def _ring(handle: Any) -> Any:
             if status.state == "ready" and status.info is not None and status.info.capabilities.takes_ring(handle):
                 return registry.load(status.name).ring(handle)
     return handle
+
+
+def _ready(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]) -> tuple[Request, str]:
+    """The checked request, and who serves it.
+
+    A training loop makes one call again and again, and as long as it brings no arrays but queries, keys, scale and
+    bias, what is checked are facts of those, not their values. So a call of known facts is that one again, with
+    other arrays in it.
+    """
+    given = {"queries": queries, "keys": keys}
+    for name in ("scale", "bias"):
+        if name in options:
+            given[name] = options[name]
+    try:
+        facts = _facts(given, backend, options)
+        known = _calls.get(facts)
+    except (AttributeError, TypeError):  # no array, or what does not hash: never known
+        facts = known = None
+    if known is not None:
+        request, name, info = known
+        if registry.owner(queries) == request.owner and registry.info(name) is info:
+            return request.but(given), name
+    request = make_request(queries, keys, registry, **_known(options))
+    check_values(request, registry.load(request.owner))
+    name = _serve(request, backend)
+    if facts is not None and queries.dtype == keys.dtype:  # else autocast has its word
+        if len(_calls) >= MOST:
+            _calls.clear()
+        _calls[facts] = (request.but(dict.fromkeys(given)), name, registry.info(name))
+    return request, name
+
+
+_calls: dict[tuple[Any, ...] | None, tuple[Request, str, BackendInfo]] = {}
+"""By their facts: calls that were checked, without their arrays, and who serves them."""
+
+MOST = 256  # calls that are remembered, for loops whose batches vary in size
+PLAIN = frozenset({bool, int, str, tuple, type(None), InfoNCE, Sigmoid})
+
+
+def _facts(given: dict[str, Any], backend: str | None, options: dict[str, Any]) -> tuple[Any, ...] | None:
+    """All that is looked at in a call, the registry apart; None where it brings more than can be compared."""
+    chosen = _chosen.get() or os.environ.get(ENVIRONMENT)
+    if FASTEST in (backend, chosen):  # a policy may change its mind
+        return None
+    found: list[Any] = [backend, chosen]
+    for name, value in given.items():
+        found += (name, float) if type(value) is float else (name, *facts(value))
+    for name, value in options.items():
+        if name not in given:
+            if type(value) not in PLAIN:
+                return None
+            found += (name, type(value), value)
+    return tuple(found)
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:

@@ -50,74 +50,79 @@ class Kernels(Protocol):
 class Job:
     """One differentiable call without its tensors, which travel beside it where autograd sees them.
 
-    request: its array fields are None where a tensor belongs. stats: where the forward puts them.
+    request: its array fields are None where a tensor belongs. names: those fields, in the order in which their
+    tensors travel. stats: where the forward puts them.
     """
 
     request: Request
+    names: Sequence[str]
     kernels: Kernels
     deferred: bool
     stats: list[Stats] = field(default_factory=list)
 
-    def filled(self, tensors: Sequence[Tensor | None]) -> Request:
-        """The request with its tensors in place."""
-        return self.request.but({name: tensor for name, tensor in zip(ARRAYS, tensors) if tensor is not None})
+    def filled(self, tensors: Sequence[Tensor]) -> Request:
+        """The request with its tensors in place, detached."""
+        return self.request.but({name: tensor.detach() for name, tensor in zip(self.names, tensors)})
 
 
 def differentiable_loss(request: Request, kernels: Kernels, *, deferred: bool) -> Any:
     """The loss, or `(loss, stats)`, with a gradient for each input named in `request.wrt`."""
-    tensors = [value if isinstance(value := getattr(request, name), Tensor) else None for name in ARRAYS]
-    bare = {name: None for name, tensor in zip(ARRAYS, tensors) if tensor is not None}
-    job = Job(request.but(bare), kernels, deferred)
+    names, tensors = travellers(request)
+    job = Job(request.but(dict.fromkeys(names)), names, kernels, deferred)
     direct = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    loss = (_Direct if direct else _Loss).apply(job, *tensors)[0]
+    loss = _Direct.apply(job, *tensors) if direct else _Loss.apply(job, *tensors)[0]
     return (loss, job.stats[0]) if request.stats else loss
+
+
+def travellers(request: Request) -> tuple[list[str], list[Tensor]]:
+    """The fields of a request that hold tensors, and those."""
+    found = [(name, value) for name in ARRAYS if isinstance(value := getattr(request, name), Tensor)]
+    return [name for name, _ in found], [value for _, value in found]
 
 
 class _Loss(torch.autograd.Function):
     """The loss as autograd sees it. Outputs after the first are what the backward needs, and carry no gradient."""
 
     @staticmethod
-    def forward(job: Job, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        request = job.filled([None if tensor is None else tensor.detach() for tensor in tensors])
-        loss, saved, stats = job.kernels.forward(request, deferred=job.deferred)
+    def forward(job: Job, *tensors: Tensor) -> tuple[Tensor, ...]:
+        loss, saved, stats = job.kernels.forward(job.filled(tensors), deferred=job.deferred)
         if stats is not None:
             job.stats.append(stats)
         return (loss, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.job, *tensors = inputs
+        job, *tensors = inputs
         ctx.set_materialize_grads(False)  # else each kept gradient would get a zero tensor of its size
         ctx.mark_non_differentiable(*output[1:])
-        if not ctx.job.deferred:  # then only the dtypes are wanted again, and the link for a second derivative
-            wrt = ctx.job.request.wrt
-            tensors = [tensor if name in wrt else None for name, tensor in zip(ARRAYS, tensors, strict=True)]
-        ctx.save_for_backward(*tensors, *output[1:])
+        _keep(ctx, job, tensors, output[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        wrt = ctx.job.request.wrt
+        job: Job = ctx.job
         kept = ctx.saved_tensors  # once: each time unpacks them anew, which checkpoint() refuses
-        tensors, saved = kept[: len(ARRAYS)], kept[len(ARRAYS) :]
-        out: dict[str, Tensor] = {}
-        if upstream is not None and wrt:
+        tensors, saved = kept[: len(job.names)], kept[len(job.names) :]
+        if upstream is None or not job.request.wrt:
+            return (None, *[None] * len(tensors))
+        if not torch.is_grad_enabled():
+            found = _gradients(job, tensors, saved, upstream)
+        else:  # create_graph: the gradients must know where they come from
             with torch.no_grad():
-                found = _gradients(ctx.job, tensors, saved, upstream)
-            if torch.is_grad_enabled():  # create_graph: the gradients must know where they come from
-                inputs = [tensor for tensor in (upstream, *tensors[: len(WRT)]) if tensor is not None]
-                found = list(_Once.apply(len(found), *found, *inputs))
-            out = dict(zip(wrt, found, strict=True))
-        return (None, *(out.get(name) for name in ARRAYS))
+                found = _gradients(job, tensors, saved, upstream)
+            inputs = [tensor for name, tensor in zip(job.names, tensors) if name in WRT and tensor is not None]
+            found = list(_Once.apply(len(found), *found, upstream, *inputs))
+        out = dict(zip(job.request.wrt, found, strict=True))
+        return (None, *(out.get(name) for name in job.names))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], job: Job, *tensors: Tensor | None) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], job: Job, *tensors: Tensor) -> tuple[Any, Any]:
         """Batches of losses one by one: each is a whole batch of pairs, large enough by itself."""
         if job.request.stats:
             raise Unsupported("stats=True inside torch.func.vmap: statistics are numbers, not tensors. Ask outside it.")
         found = []
         for index in range(info.batch_size):
             part = [
-                tensor if dim is None or tensor is None else tensor.select(dim, index)
+                tensor if dim is None else tensor.select(dim, index)
                 for tensor, dim in zip(tensors, in_dims[1:], strict=True)
             ]
             found.append(_Loss.apply(job, *part))
@@ -132,15 +137,27 @@ class _Loss(torch.autograd.Function):
 
 
 class _Direct(torch.autograd.Function):
-    """`_Loss` in the older form, for plain eager calls: the newer one binds signatures anew in each call."""
+    """`_Loss` in the older form, for plain eager calls: the newer one binds signatures anew in each call, and has to
+    put out what it keeps.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _Loss.forward(*inputs)
-        _Loss.setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, job: Job, *tensors: Tensor) -> Tensor:
+        loss, *saved = _Loss.forward(job, *tensors)
+        _keep(ctx, job, tensors, saved)
+        return loss
 
     backward = _Loss.backward
+
+
+def _keep(ctx: Any, job: Job, tensors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """What the backward needs. Of inputs whose gradients are known only those that get one: for their dtypes, and as
+    the link for a second derivative.
+    """
+    wrt = job.request.wrt or ()
+    ctx.job = job
+    needed = [tensor if job.deferred or name in wrt else None for name, tensor in zip(job.names, tensors)]
+    ctx.save_for_backward(*needed, *saved)
 
 
 class _Once(torch.autograd.Function):
@@ -166,20 +183,18 @@ class _Once(torch.autograd.Function):
         return tensors[:count], in_dims[1 : 1 + count]
 
 
-def _gradients(job: Job, tensors: Sequence[Any], saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+def _gradients(job: Job, tensors: Sequence[Tensor | None], saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     """The gradients named in `wrt`, upstream factor in, each in its input's dtype."""
-    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-    inputs = dict(zip(ARRAYS, detached))
-    names = job.request.wrt or ()
+    inputs: dict[str, Any] = dict(zip(job.names, tensors))
+    likes = [inputs[name] for name in job.request.wrt or ()]
     if job.deferred:
-        found = job.kernels.backward(job.filled(detached), saved, upstream)
-        return [one.to(inputs[name].device, inputs[name].dtype) for name, one in zip(names, found, strict=True)]
-    wanted = [(one, inputs[name]) for name, one in zip(names, saved, strict=True)]
+        found = job.kernels.backward(job.filled(tensors), saved, upstream)
+        return [one.to(like.device, like.dtype) for one, like in zip(found, likes, strict=True)]
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return [(gradient * upstream).to(like.device, like.dtype) for gradient, like in wanted]
+        return [(one * upstream).to(like.device, like.dtype) for one, like in zip(saved, likes, strict=True)]
     last = _last_backward()
     plain = last and upstream.device.type == "cpu" and upstream.item() == 1.0  # loss.backward(), and nobody in between
-    return [_rounded(gradient, upstream, like, last=last, plain=plain) for gradient, like in wanted]
+    return [_rounded(one, upstream, like, last=last, plain=plain) for one, like in zip(saved, likes, strict=True)]
 
 
 def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor, *, last: bool, plain: bool) -> Tensor:
@@ -187,10 +202,11 @@ def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor, *, last: bool, pl
 
     last: the gradient is not needed again. plain: the upstream factor is 1.
     """
+    alike = gradient.dtype == like.dtype and gradient.device == like.device
     if plain:
-        return gradient.to(like.device, like.dtype)
+        return gradient if alike else gradient.to(like.device, like.dtype)
     upstream = upstream.to(gradient.device)  # gradients of rows that were fetched are where the rows are
-    if gradient.dtype == like.dtype and gradient.device == like.device:
+    if alike:
         return gradient.mul_(upstream) if last else gradient * upstream
     if gradient.numel() <= STRIP:
         return (gradient * upstream).to(like.device, like.dtype)

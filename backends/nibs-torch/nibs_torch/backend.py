@@ -8,7 +8,7 @@ A call that nobody will differentiate runs the shared schedule and no more. One 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ CPU_HINT = TileHint(rows=2048, columns=2048, buffers=2.0, masked=5.0, kernel="to
 NARROW_HINT = replace(CPU_HINT, columns=1024, buffers=4.0, masked=6.0, kernel="torch, bfloat16 products")
 DEVICE_HINT = TileHint(rows=4096, columns=4096, buffers=2.0, masked=5.0, kernel="torch")
 SOLO = Solo()
+ALONE = nullcontext()
 AUTOCAST = ("cpu", "cuda", "xpu")
 
 
@@ -174,7 +175,7 @@ class ScheduleKernels:
 
     def forward(self, request: Request, *, deferred: bool) -> tuple[Tensor, list[Tensor], Stats | None]:
         request = request if self.checked else tracing.poisoned(request)
-        with _plain(request.device), joining(request.ring or SOLO):
+        with _plain(request.device), _joining(request):
             found = None if deferred else _whole(request, grad=True)
             if found is not None:
                 loss, gradients = found
@@ -199,7 +200,7 @@ class ScheduleKernels:
                 "over the tiles of its own. Differentiate a weighted sum of the values, one at a time."
             )
         request = request if self.checked else tracing.poisoned(request)
-        with _plain(request.device), joining(request.ring or SOLO):
+        with _plain(request.device), _joining(request):
             call = _call(request, grad=True, deferred=True)
             rows, columns = (side[: len(mine)].unbind() for side, mine in zip(saved, call.state(), strict=True))
             call.resume(rows, columns)
@@ -259,10 +260,14 @@ def _as_inputs(gradients: Gradients, request: Request) -> Gradients:
     return Gradients(**found)
 
 
+def _joining(request: Request) -> AbstractContextManager[Any]:
+    return ALONE if request.ring is None else joining(request.ring)
+
+
 @contextmanager
 def _plain(device: str) -> Iterator[None]:
     """No graph, no autocast (inputs are taken as they come), and no tensor subclass's own ideas of arithmetic."""
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.no_grad() if torch.is_grad_enabled() else ALONE, torch._C.DisableTorchFunctionSubclass():
         kind = device.partition(":")[0]
         if kind in AUTOCAST and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):

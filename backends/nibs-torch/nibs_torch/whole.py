@@ -1,31 +1,37 @@
-"""A call that one tile holds, on a CPU and without options: what the schedule does, in a fifth of its operators.
+"""A call that one tile holds, on a CPU and without options: what the schedule does, in a tenth of its operators.
 
-A small batch costs its operators, not its flops: each takes a microsecond or two to start, and the schedule, which
-looks after strips, rings, masks and weights, needs hundreds of them. Here are the few that are left when there is
-one tile and nothing but queries, keys, a scale and a bias:
+A small batch costs its operators, not its flops: each takes microseconds to start, more if it has not run in this
+call, and the schedule, which looks after strips, rings, masks and weights, needs hundreds of them. Here are the few
+that are left when there is one tile and nothing but queries, keys, a scale and a bias:
 
     logits        s [n, m] = scale q [n, d] @ k^T [d, m]
-    exponentials  E = exp(s - u + HEAD) in place, u the largest; masses are E's row and column sums
-    loss          lse_i - s_ii = log(mass_i exp(u - HEAD - s_ii))
-    weights       g = E (1 / rowmass_i + 1 / columnmass_j), less one for each side on the diagonal, in place
-    gradients     g @ k and g^T @ q: three products in all, and one exponential
+    weights       g [n, m] in their place, and the loss
+    gradients     g @ k and g^T @ q: three products in all
 
-The scale's gradient is `sum g_ij <q_i, k_j>`, read off the gradient of the rows. Where products round their factors
-(`nibs_torch.mkl`) it comes from the masses instead, and from E's row and column sums of E s beside them.
+Up to `FEW` pairs the framework's own log-softmax makes them, one for each side. Beyond, passes over the tile cost
+more than operators, and both sides share one exponential:
 
-A mass below `LOW` may have lost terms that count, and NaN or inf in any row shows in a mass or in a sum. Then `whole`
-answers None, and the schedule serves the call as it serves everything else. Equations are those of `nibs.spec`.
+    exponentials  E = exp(s - u + HEAD), u the largest; masses are E's row and column sums
+    loss          lse_i - s_ii = log mass_i + (u - HEAD - s_ii), in float64; E_ii holds the bracket as it was rounded
+    weights       g = E (1 / rowmass_i + 1 / columnmass_j), less one for each side on the diagonal
+
+The scale's gradient is `sum g_ij s_ij / scale`: for it the logits stay beside the weights, which a product may round
+(`nibs_torch.mkl`).
+
+A mass below `LOW` may have lost terms that count, and NaN or inf in any row shows in a loss, a mass or a sum. Then
+`whole` answers None, and the schedule serves the call as it serves everything else. Equations are those of `nibs.spec`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nibs.request import Request
+from nibs.request import WRT, Request
 from nibs.spec import Gradients, InfoNCE
 from nibs_torch import mkl
 from nibs_torch.precision import of_rows, products
@@ -33,61 +39,68 @@ from nibs_torch.tiles import HEAD, LOW, STRIP
 
 __all__ = ["whole"]
 
+FEW = 1 << 16  # pairs: 256 by 256
 TINY = 1e-20  # a smaller scale, zero too, would take the digits of its own gradient with it
-NEAR = 20.0  # a mass is at most e^(HEAD + log m): times e^NEAR it is far from float32's end
+
+
+class Found(NamedTuple):
+    """Of a tile: its loss, both sides summed; with gradients its weights `[n, m]`, the sum of those, and, where it was
+    asked for, of those times the logits.
+    """
+
+    loss: float
+    weights: Any = None
+    weight: float = 0.0
+    moment: float = 0.0
 
 
 def whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
     """The loss, and with `grad` the gradients that `wrt` names, in the accumulation dtype; None: see above."""
-    objective = request.objective
-    n, m = request.n, request.m
-    wants = [grad and request.wants(name) for name in ("queries", "keys", "scale", "bias")]
-    if not _plain(request) or (wants[2] and not wants[0] and not wants[1]):
+    if not _plain(request):
         return None
-    flops = 2 * n * m * request.d
-    narrow = mkl.narrows(request.dtype, request.device)
-    times = request.scale.detach().item() if isinstance(request.scale, Tensor) else float(request.scale)
-    if not TINY <= abs(times) < math.inf or (narrow and not isinstance(objective, InfoNCE)):
+    scale, bias = _number(request.scale), _number(request.bias)
+    if not TINY <= abs(scale) < math.inf or not math.isfinite(bias):
         return None
+    n, m, objective = request.n, request.m, request.objective
+    of_queries, of_keys, of_scale, of_bias = (grad and request.wants(name) for name in WRT)
+    grad = of_queries or of_keys or of_scale or of_bias
     wide = torch.float64 if request.dtype == "float64" else torch.float32
+    narrow = mkl.narrows(request.dtype, request.device)
     factor = torch.bfloat16 if narrow else wide
     queries, keys = request.queries.to(factor), request.keys.to(factor)
-    precision = of_rows(request.dtype, request.precision)
+    nothing = queries.new_empty((), dtype=wide)
 
-    def product(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-        out = left.new_empty((left.shape[0], right.shape[1]), dtype=wide)
-        if narrow:
-            mkl.product(left.to(factor), right, out, alpha=alpha)
-            return out
-        with products(precision, wide, queries.device, flops):
-            return torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
+    def product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        if not narrow:
+            return torch.addmm(nothing, left, right, beta=0, alpha=alpha)
+        out = nothing.new_empty((left.shape[0], right.shape[1]))
+        mkl.product(left, right, out, alpha=alpha)
+        return out
 
-    tile = product(queries, keys.T, times)
-    if isinstance(objective, InfoNCE):
-        sides = objective.rows + objective.columns
-        found = _softmax(tile, objective, grad=any(wants), moments=narrow and wants[2])
-    else:
-        sides = 1
-        found = _sigmoid(tile, request.bias, grad=any(wants))
-    if found is None:
-        return None
-    total, weight, moment = found
-    share = 1.0 / sides / (n if request.reduction == "mean" else 1)
-    loss = (total * share).to(wide)
-    into = product(tile, keys, times * share) if wants[0] else None
-    onto = product(tile.T, queries, times * share) if wants[1] else None
-    of_scale = None
-    if wants[2]:
-        if moment is None:
-            gradient, rows = (into, queries) if into is not None else (onto, keys)
-            moment = (gradient * rows).sum(1).sum(dtype=torch.float64)
+    # A flag is lent once, for all three: a loan costs as much as an operator.
+    flops = 2 * n * m * request.d
+    with products(of_rows(request.dtype, request.precision), factor, queries.device, flops):
+        logits = product(queries, keys.T, scale)
+        if isinstance(objective, InfoNCE):
+            softmax = _few if n * m <= FEW else _many
+            found, sides = softmax(logits, objective, grad=grad, moment=of_scale), objective.rows + objective.columns
         else:
-            moment = moment * share
-        of_scale = _like(moment / times, request.scale, wide)
-    of_bias = None
-    if wants[3]:
-        of_bias = _like(weight * share if weight is not None else loss.new_zeros(()), request.bias, wide)
-    return loss, Gradients(into, onto, of_scale, of_bias)
+            found, sides = _sigmoid(logits, bias, grad=grad, moment=of_scale), 1
+        if found is None or not math.isfinite(found.moment):
+            return None
+        share = 1.0 / sides / (n if request.reduction == "mean" else 1)
+        into = onto = None
+        if of_queries or of_keys:
+            weights = found.weights.to(factor)
+            into = product(weights, keys, scale * share) if of_queries else None
+            onto = product(weights.T, queries, scale * share) if of_keys else None
+
+    def number(value: float, like: Any = None) -> Tensor:
+        return nothing.new_full(like.shape if isinstance(like, Tensor) else (), value * share)
+
+    for_scale = number(found.moment / scale, request.scale) if of_scale else None
+    for_bias = number(found.weight, request.bias) if of_bias else None
+    return number(found.loss), Gradients(into, onto, for_scale, for_bias)
 
 
 def _plain(request: Request) -> bool:
@@ -95,7 +108,7 @@ def _plain(request: Request) -> bool:
     objective = request.objective
     if isinstance(objective, InfoNCE):
         plain = not objective.exclude_self and not objective.label_smoothing
-        plain = plain and objective.false_negative_margin is None and isinstance(request.bias, (int, float))
+        plain = plain and objective.false_negative_margin is None
     else:
         plain = True
     return (
@@ -113,94 +126,105 @@ def _plain(request: Request) -> bool:
         and (request.ring is None or request.ring.size == 1)
         and request.n > 0
         and request.m > 0
-        and (not isinstance(request.bias, (int, float)) or math.isfinite(request.bias))
     )
 
 
-def _softmax(
-    tile: Tensor, objective: InfoNCE, *, grad: bool, moments: bool
-) -> tuple[Tensor, None, Tensor | None] | None:
-    """The sum of both sides' losses; with `grad` the logits in `tile` become weights, equations (1) and (2); with
-    `moments` also the sum of the weights times the logits.
-    """
-    n, m = tile.shape
-    both = objective.rows and objective.columns
-    # Only both masses together see an infinite row or key: one of them may hide behind exp(-inf).
-    if not both and not math.isfinite(tile.sum().item()):
+def _few(logits: Tensor, objective: InfoNCE, *, grad: bool, moment: bool) -> Found | None:
+    """Equations (1) and (2), each side by itself."""
+    n, m = logits.shape
+    if not _all_show(logits, objective):
         return None
-    positives = tile.diagonal().clone()
-    lifted = tile.max() - HEAD
-    sums = tile.new_zeros(n + m)
-    of_rows, of_columns = sums[:n], sums[n:]
-    weighed = tile.new_zeros(n + m if moments else 0)
-    for strip, where in _strips(tile):
-        logits = strip.clone() if moments else strip
-        strip.sub_(lifted).exp_()
-        if moments:
-            logits.mul_(strip)
-            if objective.rows:
-                torch.sum(logits, 1, out=weighed[where])
-            if objective.columns:
-                weighed[n:].add_(logits.sum(0))
+    sides = [torch.log_softmax(logits, 1)] if objective.rows else []
+    if objective.columns:
+        sides.append(torch.log_softmax(logits, 0))
+    loss = -sum(torch.trace(side).item() for side in sides)  # row i's positive is that of column i
+    if not math.isfinite(loss):
+        return None
+    if not grad:
+        return Found(loss)
+    if objective.columns and m > n:
+        sides[-1][:, n:] = -math.inf  # a column that is nobody's is no anchor
+    weights = sides[0].exp_()
+    for side in sides[1:]:
+        weights.add_(side.exp_())
+    weights.diagonal().sub_(len(sides))
+    return Found(loss, weights, moment=logits.mul_(weights).sum().item() if moment else 0.0)
+
+
+def _many(logits: Tensor, objective: InfoNCE, *, grad: bool, moment: bool) -> Found | None:
+    """Equations (1) and (2), both sides by one exponential."""
+    n, m = logits.shape
+    if not _all_show(logits, objective):
+        return None
+    tile = torch.empty_like(logits) if moment else logits
+    sides = objective.rows + objective.columns
+    head = 0.0 if logits.dtype == torch.float64 else HEAD  # float64 reaches down far enough without
+    positives = logits.diagonal().clone()
+    lifted = logits.amax() - head
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    for _, raw, strip in _strips(logits, tile):
+        torch.sub(raw, lifted, out=strip).exp_()
         if objective.rows:
-            torch.sum(strip, 1, out=of_rows[where])
+            rows.append(strip.sum(1))
         if objective.columns:
-            of_columns.add_(strip.sum(0))
-    masses = sums if both else of_rows if objective.rows else of_columns
-    if not masses.min().item() >= LOW:  # NaN as well
+            columns.append(strip.sum(0))
+    masses = torch.cat([*rows, torch.stack(columns).sum(0)] if columns else rows)
+    if not masses.amin().item() >= LOW * math.exp(head - HEAD):  # NaN as well
         return None
     # Each row's positive is that of its column, and a column that is nobody's is no anchor.
-    distance = lifted - positives
-    near = distance.clamp(max=NEAR)
-    anchors = sums.view(2, n) if both and n == m else torch.stack([of_rows, of_columns[:n]]) if both else masses[:n]
-    values = (anchors * near.exp()).log_().add_(distance.sub_(near)).clamp_(min=0.0)
-    total = values.sum(dtype=torch.float64)
-    if grad:
-        parts = masses.reciprocal_()
-        if m > n:
-            of_columns[n:] = 0.0
-        for strip, where in _strips(tile):
-            if both:
-                strip.mul_(of_rows[where].unsqueeze(1) + of_columns)
-            else:
-                strip.mul_(parts[where].unsqueeze(1) if objective.rows else parts)
-        tile.diagonal().sub_(2.0 if both else 1.0)
-    if not moments:
-        return total, None, None
-    weighed = weighed if both else weighed[:n] if objective.rows else weighed[n:]
-    moment = (weighed * masses).sum(dtype=torch.float64)
-    return total, None, moment - positives.sum(dtype=torch.float64) * (2.0 if both else 1.0)
+    anchors = masses[: sides * n].view(sides, n)
+    loss = torch.log(anchors.double()).add_(lifted - positives).clamp_(min=0.0).sum().item()
+    if not grad:
+        return Found(loss)
+    parts = masses.reciprocal_()
+    by_row = parts[:n].unsqueeze(1) if objective.rows else parts.new_zeros((n, 1))
+    by_column = parts[-m:] if objective.columns else parts.new_zeros(m)
+    by_column[n:] = 0.0
+    total = 0.0
+    for begin, raw, strip, row in _strips(logits, tile, by_row):
+        strip.mul_(row + by_column).diagonal(begin).sub_(sides)
+        if moment:
+            total += raw.mul_(strip).sum().item()
+    return Found(loss, tile, moment=total)
 
 
-def _sigmoid(tile: Tensor, bias: Any, *, grad: bool) -> tuple[Tensor, Tensor, None] | None:
-    """The sum of the losses, and of the weights; with `grad` the products in `tile` become weights, (3) and (4)."""
-    tile.add_(bias.detach().to(tile.dtype).reshape(()) if isinstance(bias, Tensor) else bias)
-    seen = tile.sum()
-    tile.diagonal().neg_()  # -z s
-    total = weight = tile.new_zeros((), dtype=torch.float64)
-    for strip, _ in _strips(tile):
-        terms = torch.ops.aten.softplus(strip, 1, 40)  # above 40 it is the identity, in float64 too
-        total = total + terms.sum(1).sum(dtype=torch.float64)
+def _sigmoid(logits: Tensor, bias: float, *, grad: bool, moment: bool) -> Found | None:
+    """Equations (3) and (4); the logits come without the bias."""
+    tile = torch.empty_like(logits) if moment else logits
+    seen = loss = weight = total = 0.0
+    for begin, raw, strip in _strips(logits, tile):
+        torch.add(raw, bias, out=strip)
+        seen += strip.sum().item()  # -inf, which the loss does not show
+        positives = strip.diagonal(begin).neg_()  # -z s
+        loss += torch.ops.aten.softplus(strip, 1, 40).sum().item()  # above 40 it is the identity, in float64 too
         if grad:
             strip.sigmoid_()
-    if not math.isfinite((seen + total).item()):
-        return None
-    if grad:
-        tile.diagonal().neg_()
-        weight = tile.sum(1).sum(dtype=torch.float64)
-    return total, weight, None
+            positives.neg_()
+            weight += strip.sum().item()
+            if moment:
+                total += raw.mul_(strip).sum().item()
+    return Found(loss, tile, weight, total) if math.isfinite(seen + loss) else None
 
 
-def _strips(tile: Tensor) -> list[tuple[Tensor, slice]]:
-    """The tile in strips of rows that stay in the cache, and where they lie."""
+def _all_show(logits: Tensor, objective: InfoNCE) -> bool:
+    """Whether rows that are not finite, if there are any, will show in masses and losses.
+
+    One of -inf hides behind exp(-inf) on the other side, and on its own where it is no anchor.
+    """
+    n, m = logits.shape
+    return (objective.rows and objective.columns and n == m) or math.isfinite(logits.sum().item())
+
+
+def _strips(tile: Tensor, *others: Tensor) -> Iterable[tuple[Any, ...]]:
+    """Strips of rows that stay in the cache, of tensors of as many rows: where they begin, and what each has there."""
     n, m = tile.shape
     if n * m <= STRIP:
-        return [(tile, slice(0, n))]
+        return [(0, tile, *others)]
     step = max(1, STRIP // m)
-    return [(tile[begin : begin + step], slice(begin, min(begin + step, n))) for begin in range(0, n, step)]
+    return zip(range(0, n, step), *(one.split(step) for one in (tile, *others)), strict=True)
 
 
-def _like(value: Tensor, given: Any, wide: torch.dtype) -> Tensor:
-    """A scalar's gradient in the accumulation dtype and the shape that it came in."""
-    value = value.to(wide)
-    return value.reshape(given.shape) if isinstance(given, Tensor) else value
+def _number(value: Any) -> float:
+    """A scale or a bias."""
+    return value.detach().item() if isinstance(value, Tensor) else float(value)

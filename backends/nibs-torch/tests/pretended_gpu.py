@@ -159,10 +159,8 @@ def indexed(tensor: Any, index: Any) -> Any:
 
 def step(request: Any, kernels: Any, *, deferred: bool) -> Any:
     """Forward and backward as autograd makes them, but not by it: it has no threads for a GPU that is not there."""
-    tensors = [getattr(request, name) for name in autograd.ARRAYS]
-    tensors = [one.detach() if isinstance(one, torch.Tensor) else None for one in tensors]
-    bare = request.but({name: None for name, one in zip(autograd.ARRAYS, tensors) if one is not None})
-    job = autograd.Job(bare, kernels, deferred)
+    names, tensors = autograd.travellers(request)
+    job = autograd.Job(request.but(dict.fromkeys(names)), names, kernels, deferred)
     loss, saved, _ = kernels.forward(job.filled(tensors), deferred=deferred)
     autograd._gradients(job, tensors, saved, torch.empty_like(loss))
     return loss

@@ -14,6 +14,12 @@ from nibs_torch.whole import whole
 
 OBJECTIVES = [nibs.InfoNCE(), nibs.InfoNCE("query_to_key"), nibs.InfoNCE("key_to_query"), nibs.Sigmoid()]
 ROWS, KEYS, WIDTH = 40, 56, 12
+WAYS = ["few", "many, in one strip", "many, in strips"]
+
+
+def take(way, monkeypatch):
+    monkeypatch.setattr(one_tile, "FEW", ROWS * KEYS if way == "few" else 0)
+    monkeypatch.setattr(one_tile, "STRIP", 300 if way == "many, in strips" else ROWS * KEYS)
 
 
 def asked(queries, keys, **options):
@@ -32,9 +38,9 @@ def through_the_schedule(queries, keys, **options):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("strip", [1 << 18, 300], ids=["in one strip", "in strips"])
-def test_it_gives_what_the_schedule_gives(monkeypatch, objective, reduction, strip):
-    monkeypatch.setattr(one_tile, "STRIP", strip)
+@pytest.mark.parametrize("way", WAYS)
+def test_it_gives_what_the_schedule_gives(monkeypatch, objective, reduction, way):
+    take(way, monkeypatch)
     queries, keys = inputs()
     options = {"scale": 7.0, "bias": -2.0, "objective": objective, "reduction": reduction}
     expected, gradients = through_the_schedule(queries, keys, **options)
@@ -45,8 +51,10 @@ def test_it_gives_what_the_schedule_gives(monkeypatch, objective, reduction, str
         torch.testing.assert_close(getattr(found[1], name), getattr(gradients, name), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("wrt", [("queries",), ("keys", "scale"), ()], ids=repr)
-def test_it_computes_the_gradients_that_are_asked_for_and_no_other(wrt):
+@pytest.mark.parametrize("wrt", [("queries",), ("keys", "scale"), ("scale",), ()], ids=repr)
+@pytest.mark.parametrize("way", WAYS)
+def test_it_computes_the_gradients_that_are_asked_for_and_no_other(monkeypatch, wrt, way):
+    take(way, monkeypatch)
     queries, keys = inputs()
     _, gradients = whole(asked(queries, keys, scale=3.0, wrt=wrt), grad=True)
     assert tuple(name for name in ("queries", "keys", "scale", "bias") if getattr(gradients, name) is not None) == wrt
@@ -73,7 +81,6 @@ OPTIONS = {
         "key_ids": torch.arange(KEYS),
         "objective": nibs.Sigmoid(same_id="exclude"),
     },
-    "a scale's gradient alone": {"wrt": "scale"},
     "a scale of zero": {"scale": 0.0},
 }
 
@@ -86,15 +93,19 @@ def test_it_leaves_every_option_to_the_schedule(options):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_row_that_is_not_finite_is_the_schedules(objective, side, value):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("row", [3, -1])  # the last key is nobody's
+def test_a_row_that_is_not_finite_is_the_schedules(monkeypatch, objective, side, value, way, row):
+    take(way, monkeypatch)
     rows = inputs(torch.float32)
     rows[0].abs_(), rows[1].abs_()
-    rows[side][3, 2] = value  # with -inf all of its logits are -inf, and hide behind exp
+    rows[side][row, 2] = value  # with -inf all of its logits are -inf, and hide behind exp
     assert whole(asked(*rows, objective=objective), grad=True) is None
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=repr)
-def test_a_row_that_sinks_out_of_reach_is_the_schedules(objective):
+def test_a_row_that_sinks_out_of_reach_of_a_shared_exponential_is_the_schedules(monkeypatch, objective):
+    take("many, in one strip", monkeypatch)
     queries, keys = inputs(torch.float32)
     queries[5] *= 1000
     assert whole(asked(queries, keys, scale=50.0, objective=objective), grad=True) is None
@@ -102,6 +113,33 @@ def test_a_row_that_sinks_out_of_reach_is_the_schedules(objective):
     exact, _ = nibs.contrastive_loss_and_grad(queries.double(), keys.double(), scale=50.0, objective=objective)
     assert abs(loss - exact) < 1e-5 * abs(exact)
     assert gradients.queries.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:3], ids=repr)
+def test_few_pairs_have_a_shift_for_each_row_and_none_sinks(objective):
+    queries, keys = inputs(torch.float32)
+    queries[5] *= 1000
+    found = whole(asked(queries, keys, scale=50.0, objective=objective), grad=True)
+    exact = whole(asked(queries.double(), keys.double(), scale=50.0, objective=objective), grad=True)
+    assert abs(found[0] - exact[0]) < 1e-5 * abs(exact[0])
+    assert abs(found[1].scale - exact[1].scale) < 1e-5 * abs(exact[1].scale)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_logit_beyond_float32_is_the_schedules(monkeypatch, objective, way):
+    take(way, monkeypatch)
+    queries, keys = inputs(torch.float32)
+    queries[3], keys[4] = 1e20, -1e20  # a product of -inf: no gradient but that of the scale would show it
+    assert whole(asked(queries, keys, objective=objective), grad=True) is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_of_pairs_that_match_is_not_below_zero(monkeypatch, way):
+    take(way, monkeypatch)
+    rows = torch.nn.functional.normalize(inputs(torch.float32)[0], dim=-1)
+    loss, _ = whole(asked(rows, rows, scale=1000.0), grad=True)
+    assert 0.0 <= loss < 1e-6
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
