@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from pretended_gpu import CARDS, Waited, calls, held
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nibs
 from nibs_torch import backend, plugin
@@ -131,6 +132,27 @@ def test_the_suite_has_a_meter_for_a_gpus_memory(monkeypatch: pytest.MonkeyPatch
     meter = plugin.nibs_conformance_memory(backend="torch", device="cuda:0")
     assert meter(lambda: None) == 600
     assert plugin.nibs_conformance_memory(backend="torch", device="cpu") is None
+
+
+VIEWS: dict[str, tuple[Any, bool]] = {
+    "rows": (lambda: rows(N), True),
+    "rows on 16-byte steps": (lambda: rows(N, d=2 * D)[:, :D], True),
+    "rows on odd steps": (lambda: rows(N, d=D + 1), False),
+    "rows on odd steps, cut": (lambda: rows(N, d=D + 1)[:, :D], False),
+    "every other column": (lambda: rows(N, d=2 * D)[:, ::2], False),
+    "transposed": (lambda: rows(D, d=N).T, False),
+    "one row again and again": (lambda: rows(1).expand(N, D), False),
+}
+
+
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_the_copy_engine_is_given_only_rows_that_it_can_fetch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, fetched = VIEWS[name]
+    with calls(CARDS["sm_90"], monkeypatch) as launches, torch.no_grad():
+        queries = make()
+        nibs.contrastive_loss_and_grad(queries, rows(M, d=queries.shape[1]))
+    (first,) = [one for one in launches if one.name == "lse"]
+    assert isinstance(first.arguments[0], TensorDescriptor) == first.named["DESC"] == fetched
 
 
 def test_a_look_at_a_value_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
