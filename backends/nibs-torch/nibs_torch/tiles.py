@@ -7,7 +7,7 @@
 
 Sharing the exponential is exact as long as no row or column sinks out of float32's range below the
 maximum. Both verbs test for that (`LOW`, `SPREAD`) and redo the tile with each row's and each column's own
-shift where it fails.
+shift where it fails. The sigmoid's losses share logarithms, and are redone without where a product of theirs overflows.
 
 Between its products a tile is bound by memory traffic, so what is done to its elements is done strip by
 strip of rows, which stay in the cache from step to step, in place, with scratch strips made once per call.
@@ -33,6 +33,7 @@ from nibs_torch.precision import of_rows, products
 
 HEAD = 30.0  # exponentials are lifted by e^30, to lengthen the way down to the smallest float32
 LOW = math.exp(HEAD - 80.0)  # a smaller row or column sum of lifted exponentials has lost terms that count
+GROUP = 8  # factors 1 + E of softplus under one logarithm: in range up to a mean exponent of 11
 SPREAD = 69.0  # natural-log width of a tile's lse values up to which one exponential serves all
 INFINITY = float("inf")
 STRIP = 1 << 18  # elements of a strip on a CPU: a megabyte of float32,
@@ -81,7 +82,8 @@ class TorchTiles:
             if not problem.softmax:
                 rows.mass = self._softplus(part, problem, values, by_row)
             elif shared:
-                self._shared_masses(values, by_row, rows, columns)
+                out = self._buffer("scratch", values.shape) if keep else values
+                self._shared_masses(values, by_row, rows, columns, out)
             else:
                 self._own_masses(
                     values, [(rows, 1, by_row)] * problem.rows + [(columns, 0, by_column)] * problem.columns
@@ -89,10 +91,17 @@ class TorchTiles:
             row_parts.append(rows)
             column_parts.append(columns)
         rows, columns = _joined(row_parts), self._merged(column_parts)
-        if shared and not self._held(rows, columns):
-            row_parts, column_parts = [], []
+        if not problem.softmax and not bool(rows.mass.isfinite().all()):
+            masses = []
             for part, raw in self._parts(tile, logits):
                 values, by_row, _ = self._values(part, problem, raw, again=True)
+                masses.append(self._own_softplus(part, problem, values, by_row))
+            rows.mass = torch.cat(masses)
+        if shared and not self._held(rows, columns):
+            row_parts, column_parts = [], []
+            logits = logits if keep else self._products(tile, problem, keep=False)  # they were overwritten
+            for part, raw in self._parts(tile, logits):
+                values, by_row, _ = self._values(part, problem, raw)
                 row_parts.append(Lse())
                 column_parts.append(Lse())
                 self._own_masses(values, [(row_parts[-1], 1, by_row), (column_parts[-1], 0, by_row)])
@@ -131,21 +140,23 @@ class TorchTiles:
         middle, clamp = self._middle(problem, rows, columns)
         if middle is not None:
             rows, columns = (self._brought_to(middle, side) for side in (rows, columns))
+        less = middle if isinstance(middle, torch.Tensor) else None
+        even = not problem.softmax and bool((rows.factor == 1).all())
         product = self.total(self.zeros(0)) if problem.total_product else None
         weight = self.total(self.zeros(0)) if problem.total_weight else None
         for part, raw in self._parts(tile, logits):
-            values, by_row, by_column = self._values(part, problem, raw, less=middle, again=kept is not None)
+            values, by_row, by_column = self._values(part, problem, raw, less=less, again=kept is not None)
             where = slice(part.row - tile.row, part.row - tile.row + values.shape[0])
             mine = None if rows is None else rows.part(where)
             if problem.softmax:
                 sides = [each for each in ((mine, 1, by_row), (columns, 0, by_column)) if each[0] is not None]
                 weights = self._softmax_weights(part, problem, values, sides, middle, clamp)
             else:
-                weights = self._sigmoid_weights(part, problem, values, by_row, mine)
+                weights = self._sigmoid_weights(part, problem, values, by_row, None if even else mine.factor)
             if weight is not None:
                 weight = weight + self.total(weights.sum(1))
             if product is not None:
-                product = product + self.total(raw.mul_(weights).sum(1))
+                product = product + torch.dot(raw.flatten(), weights.flatten()).to(self.wide)
             if weights is not raw and (into is not None or onto is not None):
                 written[where].copy_(weights)
         if into is not None:
@@ -158,15 +169,18 @@ class TorchTiles:
 
     # -- InfoNCE ----------------------------------------------------------------------------------
 
-    def _shared_masses(self, values: Any, permitted: Any, rows: Lse, columns: Lse) -> None:
-        """Masses of both sides, equation (1), by one exponential and one shift, the largest logit less `HEAD`."""
-        scratch = self._buffer("scratch", values.shape)
-        seen = values if permitted is None else torch.where(permitted, values, self.scalar(-INFINITY), out=scratch)
-        top = seen.amax(1).amax()  # twice as fast as amax()
-        shift = torch.where(top == -INFINITY, 0.0, top) - HEAD
-        torch.sub(seen, shift, out=scratch).exp_()
+    def _shared_masses(self, values: Any, permitted: Any, rows: Lse, columns: Lse, out: Any) -> None:
+        """Masses of both sides, equation (1), by one exponential and one shift, the largest logit less `HEAD`.
+
+        out: where the exponentials go; it may be `values`.
+        """
+        if permitted is not None:
+            values = torch.where(permitted, values, self.scalar(-INFINITY), out=out)
+        top = values.amax()
+        shift = (top if permitted is None else torch.where(top == -INFINITY, 0.0, top)) - HEAD
+        torch.sub(values, shift, out=out).exp_()
         for side, axis in ((rows, 1), (columns, 0)):
-            side.mass, side.shift = scratch.sum(axis), shift.expand(values.shape[1 - axis])
+            side.mass, side.shift = out.sum(axis), shift.expand(out.shape[1 - axis])
             if permitted is not None:
                 side.shift = side.shift.masked_fill(~permitted.any(axis), self.lowest)
 
@@ -187,7 +201,10 @@ class TorchTiles:
             side.mass = scratch.exp_().sum(axis)
 
     def _middle(self, problem: Problem, rows: Weights | None, columns: Weights | None) -> tuple[Any, bool]:
-        """The one shift that serves a whole tile's weights, or None; and whether logits may lie far above it."""
+        """The one shift that serves a whole tile's weights, or None; and whether logits may lie far above it.
+
+        It is the number 0 where that is near enough: then nothing needs to be taken off the logits.
+        """
         if not problem.softmax or problem.margin is not None:
             return None, False
         sides = [side.shift for side in (rows, columns) if side is not None]
@@ -197,8 +214,9 @@ class TorchTiles:
         high = torch.stack([torch.where(none, low, side).max() for none, side in zip(far, sides)]).max()
         # A pair of two that are no anchors is bounded by nobody's lse.
         clamp = torch.stack([none.any() for none in far]).all()
-        fits, clamps = torch.stack([high - low <= SPREAD, clamp]).tolist()
-        return ((low + high) / 2 if fits else None), clamps
+        near = torch.maximum(high, -low) <= SPREAD / 2
+        fits, near, clamps = torch.stack([high - low <= SPREAD, near, clamp]).tolist()
+        return (0.0 if near else (low + high) / 2 if fits else None), clamps
 
     def _brought_to(self, middle: Any, side: Weights | None) -> Weights | None:
         """Weights whose factor goes with exponentials that are shifted by `middle`."""
@@ -241,30 +259,48 @@ class TorchTiles:
     # -- Sigmoid ----------------------------------------------------------------------------------
 
     def _softplus(self, part: Tile, problem: Problem, values: Any, permitted: Any) -> Any:
-        """Row sums of softplus(-z s), equation (3)."""
+        """Row sums of softplus(-z s) = log(1 + E), E = exp(-z s), equation (3): one logarithm for `GROUP` factors.
+
+        Factors are multiplied as `(1 + a) (1 + b) - 1 = a + b + a b`, which keeps the digits of the smallest E: three
+        roundings a time, of positive numbers, so at most 9 half eps of each sum's value. A product beyond the largest
+        float is infinite, and so is the sum.
+        """
+        terms = self._signed(part, problem, values).exp_()
+        if permitted is not None:
+            terms.masked_fill_(~permitted, 0.0)
+        width = terms.shape[1]
+        for _ in range(GROUP.bit_length() - 1):
+            half = width // 2
+            width -= half
+            ones, others = terms[:, :half], terms[:, width : width + half]
+            ones.addcmul_(ones, others).add_(others)
+        return terms[:, :width].log1p_().sum(1)
+
+    def _own_softplus(self, part: Tile, problem: Problem, values: Any, permitted: Any) -> Any:
+        """The same by a logarithm for each pair, which no logit is too large for."""
         terms = self._signed(part, problem, values)
         torch.ops.aten.softplus.out(terms, 1, 40, out=terms)  # above 40 it is the identity, in float64 too
         return (terms if permitted is None else terms.masked_fill_(~permitted, 0.0)).sum(1)
 
-    def _sigmoid_weights(self, part: Tile, problem: Problem, values: Any, permitted: Any, rows: Any) -> Any:
-        """`w_i (-z) sigmoid(-z s)`, equation (4)."""
-        weights = self._signed(part, problem, values).sigmoid_()
-        self._flip(part, problem, weights)
-        weights.mul_(rows.factor.unsqueeze(1))
+    def _sigmoid_weights(self, part: Tile, problem: Problem, values: Any, permitted: Any, factor: Any) -> Any:
+        """`w_i (-z) sigmoid(-z s)`, equation (4); overwrites `values`. factor: None where each `w_i` is 1."""
+        weights = self._flipped(part, problem, self._flipped(part, problem, values).sigmoid_())
+        if factor is not None:
+            weights.mul_(factor.unsqueeze(1))
         return weights if permitted is None else weights.masked_fill_(~permitted, 0.0)
 
     def _signed(self, part: Tile, problem: Problem, values: Any) -> Any:
-        """`-z s`: the logits, positives' sign turned."""
-        signed = self._buffer("scratch", values.shape).copy_(values)
-        self._flip(part, problem, signed)
-        return signed
+        """`-z s`: a copy of the logits, positives' sign turned."""
+        return self._flipped(part, problem, self._buffer("scratch", values.shape).copy_(values))
 
-    def _flip(self, part: Tile, problem: Problem, values: Any) -> None:
+    def _flipped(self, part: Tile, problem: Problem, values: Any) -> Any:
+        """The same values, positives' sign turned in place."""
         if problem.multi:
             found = pairs.positive(part, problem, None)
             values.copy_(torch.where(found, -values, values))
         elif part.designated is not None:
             values[part.designated] *= -1
+        return values
 
     # -- tiles and pairs --------------------------------------------------------------------------
 
@@ -334,16 +370,15 @@ class TorchTiles:
         if problem.margin is not None:
             by_row = pairs.within_margin(part, strip, part.query_limit[:, None], permitted)
             by_column = pairs.within_margin(part, strip, part.key_limit[None, :], permitted)
+        offset = problem.bias if less is None else -less  # only the sigmoid has a bias, and only softmax takes off
         if not problem.fold:
             out = self._buffer("logits", strip.shape)
-            if less is None:
+            if offset is None:
                 strip = torch.mul(strip, problem.scale, out=out)
             else:
-                strip = torch.add(-less, strip, alpha=problem.scale.item(), out=out)
-        elif less is not None:
-            strip.sub_(less)
-        if problem.bias is not None and not (again and problem.fold):
-            strip.add_(problem.bias)
+                strip = torch.add(offset, strip, alpha=problem.scale.item(), out=out)
+        elif offset is not None and not (again and less is None):
+            strip.add_(offset)
         return strip, by_row, by_column
 
     def _add_positives(self, part: Tile, problem: Problem, values: Any, by_row: Any, rows: Lse, columns: Lse) -> None:
