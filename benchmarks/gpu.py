@@ -14,8 +14,9 @@
     large    `--copies` times the batch, the same rows again and again: its loss is the small one's and log(copies),
              each gradient the small one's over copies, the scale's the same; so every row can be checked
 
-A contender that fails is a row with its reason. `--output` keeps each part, with machine, versions, command and date,
-in a file where other parts may stand already; tables go to the screen. Nothing is begun after `--seconds`.
+A contender that fails is a row with its reason. `--output` keeps each row as it comes, with machine, versions, command
+and date, in a file where other parts may stand already; tables go to the screen, and last, beside what is asked of an
+H200, what was found. Nothing is begun after `--seconds`. `benchmarks/on_gpu.py` runs this among all that wants a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +55,10 @@ ASKED = {
     ("InfoNCE", 1024): (60, 51),
     ("Sigmoid", 768): (33, 29),
 }
+FASTER = {"inf-cl": 10.0, "memeff": 1.7, "siglip-kernel": 1.45}  # times as fast as these, in the same run
+WORKSPACE = 512  # MiB, packed copies apart
+COPIES = 5  # float32 copies of the local embeddings, beyond inputs
+LARGE = (180, 160)  # seconds for 4,194,304 rows of 768: required, and hoped for
 # Of the largest gradient: a stored bfloat16 is off by 2^-9 of itself, and its weights by as much again.
 GRADIENT = 2.0**-7
 FLOAT32 = 1e-5  # of losses and scale gradients, relative: sums of n n terms, each right to 1e-7
@@ -179,6 +184,19 @@ def memeff(objective: Any, where: Where) -> Callable[..., Any]:
     return lambda queries, keys, scale: unscaled(queries, keys)
 
 
+def cut_cross_entropy(objective: Any, where: Where) -> Callable[..., Any]:
+    """Apple's linear cross entropy, once for each direction; its compiled twin where there is no GPU."""
+    entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    how = "cce_exact" if where.gpu else "torch_compile"
+
+    def loss(queries: Any, keys: Any, scale: Any) -> Any:
+        positives = torch.arange(len(queries), device=queries.device)
+        scaled = queries * scale.to(queries.dtype)
+        return (entropy(scaled, keys, positives, impl=how) + entropy(keys, scaled, positives, impl=how)) / 2
+
+    return loss
+
+
 def siglip_kernel(objective: Any, where: Where) -> Callable[..., Any]:
     """siglip-kernel's fused loss by the kernel that it picks."""
     fused = importlib.import_module("siglip_kernel").fused_siglip_loss
@@ -187,7 +205,14 @@ def siglip_kernel(objective: Any, where: Where) -> Callable[..., Any]:
 
 
 CONTENDERS: dict[str, dict[str, Callable[..., Any]]] = {
-    "InfoNCE": {"nibs": ours, "nibs plain": plain, "dense torch": dense, "inf-cl": inf_cl, "memeff": memeff},
+    "InfoNCE": {
+        "nibs": ours,
+        "nibs plain": plain,
+        "dense torch": dense,
+        "inf-cl": inf_cl,
+        "memeff": memeff,
+        "cut-cross-entropy": cut_cross_entropy,
+    },
     "Sigmoid": {"nibs": ours, "nibs plain": plain, "dense torch": dense, "siglip-kernel": siglip_kernel},
 }
 OBJECTIVES = {"InfoNCE": nibs.InfoNCE(), "Sigmoid": nibs.Sigmoid()}
@@ -274,28 +299,26 @@ class Run:
         """Whether nothing more may begin."""
         return time.monotonic() > self.until
 
-    def tune(self) -> list[dict[str, Any]]:
+    def tune(self) -> Iterator[dict[str, Any]]:
         """Each choice of the tuning table, timed on this card; the fastest is kept."""
         if not self.where.gpu:
-            return [{"failed": "tuning times kernels on a GPU"}]
+            yield {"failed": "tuning times kernels on a GPU"}
+            return
         from nibs_torch.fused import time_config
         from nibs_torch.kernels import tuning
 
         device = torch.device("cuda", torch.cuda.current_device())
         card = tuning.card_of(device)
         asked = argparse.Namespace(rows=min(self.options.n, 11_264), dim=768, dtype="bfloat16")
-        rows = []
         for kernel in ("lse", "weights", "sigmoid"):
             times = tuning.tune(card, kernel, 2, lambda one, name=kernel: time_config(name, one, device, asked))
             flops = 2 * asked.rows**2 * asked.dim
             for config, taken in times.items():
-                rows.append({"kernel": kernel, "config": str(config), "ms": taken, "tflops": flops / taken / 1e9})
+                yield {"kernel": kernel, "config": str(config), "ms": taken, "tflops": flops / taken / 1e9}
             self.where.forget()
-        return rows
 
-    def check(self) -> list[dict[str, Any]]:
+    def check(self) -> Iterator[dict[str, Any]]:
         """Facts that are no times."""
-        rows: list[dict[str, Any]] = []
         n, d = min(self.options.n, 16_384), self.options.d[0]
         for name, objective in OBJECTIVES.items():
             inputs = batch(self.where, n, d)
@@ -308,8 +331,7 @@ class Run:
             row["error"] = errors(first[0], inputs, truth(inputs, objective))
             row["right"] = is_right(row["error"])
             row["graph"] = self._replayed(loss, inputs, first) if self.where.gpu else "needs a GPU"
-            rows.append(row)
-        return rows
+            yield row
 
     def _replayed(self, loss: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Any]) -> str:
         """Whether a captured step gives the same bits."""
@@ -332,11 +354,11 @@ class Run:
         except Exception as error:  # said in its row: the rest of the run does not need it
             return f"{type(error).__name__}: {error}"
 
-    def speed(self) -> list[dict[str, Any]]:
+    def speed(self) -> Iterator[dict[str, Any]]:
         """Forward and backward of every contender."""
-        rows = [self._ceilings()]
-        for name, objective in OBJECTIVES.items():
-            for d in self.options.d:
+        yield self._ceilings()
+        for d in self.options.d:
+            for name, objective in OBJECTIVES.items():
                 inputs = batch(self.where, self.options.n, d)
                 right = None if self.late() else truth(inputs, objective)
                 for contender, make in CONTENDERS[name].items():
@@ -345,11 +367,9 @@ class Run:
                         row["failed"] = "no time was left"
                     else:
                         row.update(self._measured(contender, make, objective, inputs, right))
-                    rows.append(row)
-                    print(json.dumps(row), file=sys.stderr, flush=True)
+                    yield row
                 del inputs, right
                 self.where.forget()
-        return rows
 
     def _ceilings(self) -> dict[str, Any]:
         """What the library's product and a copy reach here, on random numbers."""
@@ -390,16 +410,14 @@ class Run:
                 one.grad = None
             where.forget()
 
-    def ring(self) -> list[dict[str, Any]]:
+    def ring(self) -> Iterator[dict[str, Any]]:
         """One rank of eight, whose peers hold what it holds."""
-        rows = []
         for name, objective in OBJECTIVES.items():
             for local in self.options.rows:
                 d = 768 if self.where.gpu else self.options.d[0]
                 row: dict[str, Any] = {"objective": name, "ranks": RANKS, "rows": local, "d": d}
-                rows.append(row)
                 if self.late():
-                    row["failed"] = "no time was left"
+                    yield {**row, "failed": "no time was left"}
                     continue
                 inputs = batch(self.where, local, d)
                 small = step(ours(objective, self.where), inputs)
@@ -411,15 +429,14 @@ class Run:
                 for label, ring in (("step", moving), ("compute", still)):
                     row[f"{label}_ms"] = self._of_steps(ours(objective, self.where, ring=ring), inputs)
                 row["exposed_ms"] = row["step_ms"] - row["compute_ms"]
-                print(json.dumps(row), file=sys.stderr, flush=True)
+                yield row
                 self.where.forget()
-        return rows
 
     def _of_steps(self, loss: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
         """Milliseconds of a step, the median."""
         return self.where.median(lambda: step(loss, inputs), self.options.repeats)
 
-    def large(self) -> list[dict[str, Any]]:
+    def large(self) -> Iterator[dict[str, Any]]:
         """The batch many times over, in one step."""
         copies, d = self.options.copies, 768 if self.where.gpu else self.options.d[0]
         loss = ours(nibs.InfoNCE(), self.where)
@@ -445,7 +462,7 @@ class Run:
         slope = float(small[2].grad)
         row["scale_error"] = abs(float(inputs[2].grad) - slope) / max(abs(slope), 1.0)
         row["right"] = row["loss_error"] <= FLOAT32 and worst <= GRADIENT and row["scale_error"] <= FLOAT32
-        return [row]
+        yield row
 
 
 class Emulated(Ring):
@@ -532,8 +549,8 @@ def tables(parts: dict[str, list[dict[str, Any]]]) -> str:
                 for one in parts["tune"]]  # fmt: skip
         out.append("Tuning\n\n" + table(["kernel", "config", "ms", "TFLOP/s"], rows))
     if "check" in parts:
-        names = ("objective", "n", "d", "kernel", "right", "same bits again", "graph")
-        out.append("Checks\n\n" + table(list(names), [[one[name] for name in names] for one in parts["check"]]))
+        names = ("objective", "n", "d", "kernel", "right", "same bits again", "graph", "failed")
+        out.append("Checks\n\n" + table(list(names), [[one.get(name) for name in names] for one in parts["check"]]))
     if "speed" in parts:
         out.append(speed_table(parts["speed"]))
     if "ring" in parts:
@@ -549,22 +566,19 @@ def tables(parts: dict[str, list[dict[str, Any]]]) -> str:
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """Times, and how many times as long as nibs in the same run."""
     lines, profiles = [], []
-    ours_ms = {(one["objective"], one["d"]): one.get("median_ms") for one in rows if one["contender"] == "nibs"}
+    ours_ms = {(one["objective"], one["d"]): one.get("median_ms") for one in rows if one.get("contender") == "nibs"}
     for one in rows[1:]:
-        key = one["objective"], one["d"]
-        mine, taken = ours_ms.get(key), one.get("median_ms")
-        required, goal = (
-            ASKED.get(key, (None, None)) if one["n"] == 65_536 and one["contender"] == "nibs" else (None,) * 2
-        )
+        objective, d = one.get("objective"), one.get("d")
+        mine, taken = ours_ms.get((objective, d)), one.get("median_ms")
         times = taken / mine if taken and mine else None
         error = one.get("error", {})
-        lines.append([one["contender"], one["objective"], one["d"], taken, required, goal, times, one.get("copies"),
-                      error.get("loss"), error.get("queries"), error.get("scale"), one.get("failed")])  # fmt: skip
+        lines.append([one.get("contender"), objective, d, taken, times, one.get("copies"), error.get("loss"),
+                      error.get("queries"), error.get("scale"), one.get("failed")])  # fmt: skip
         if "kernels" in one:
             each = [[seen["name"], seen["calls"], seen["ms"]] for seen in one["kernels"]]
             profiles.append(f"{one['objective']}, d = {one['d']}\n\n" + table(["kernel", "calls", "ms"], each))
-    heads = ["loss", "objective", "d", "ms", "required", "goal", "times nibs", "copies", "loss error", "gradient error",
-             "scale error", "failed"]  # fmt: skip
+    heads = ["loss", "objective", "d", "ms", "times nibs", "copies", "loss error", "gradient error", "scale error",
+             "failed"]  # fmt: skip
     product, copy = shown(rows[0]["product_tflops"]), shown(rows[0]["copy_tb_s"])
     ceilings = f"The library's product here: {product} TFLOP/s; a copy: {copy} TB/s."
     return "\n\n".join([f"Forward and backward\n\n{ceilings}\n\n" + table(heads, lines), *profiles])
@@ -572,8 +586,8 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 
 def versions() -> dict[str, str]:
     """Of what was measured and is installed."""
-    found = {}
-    for name in ("torch", "triton", "nibs", "inf-cl", "memeff", "siglip-kernel"):
+    found = {"nibs": nibs.__version__}
+    for name in ("torch", "triton", "inf-cl", "memeff", "siglip-kernel", "cut-cross-entropy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
@@ -595,21 +609,81 @@ def main(arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no GPU here. --device cpu with small sizes shows what would be done.")
     run = Run(options)
-    found = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for name in options.parts:
         print(f"-- {name}", file=sys.stderr, flush=True)
-        try:
-            rows = [{"failed": "no time was left"}] if run.late() else getattr(run, name)()
-        except Exception as error:  # what was measured before it is kept
-            rows = [{"failed": f"{type(error).__name__}: {error}"}]
-            print(rows, file=sys.stderr, flush=True)
-        found[name] = rows
-        if options.output:
-            keep(options.output, name, rows, run.where)
-    print(tables({name: rows for name, rows in found.items() if name == "tune" or "failed" not in rows[0]}))
+        rows = found[name] = []
+        for row in of_part(run, name):
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            if options.output:
+                keep(options.output, name, rows, run.where)
+    print(tables({name: rows for name, rows in found.items() if "failed" not in rows[0]}))
+    for name, rows in found.items():
+        if "failed" in rows[0]:
+            print(f"\n{name}: {rows[0]['failed']}")
+    judged = verdicts(found)
+    if judged:
+        heads = ["what", "found", "required", "goal", "verdict"]
+        print(f"\nAsked of an H200, found on {run.where.describe()}\n")
+        print(table(heads, [list(one.values()) for one in judged]))
     mine = [row for rows in found.values() for row in rows if row.get("contender", "nibs") == "nibs"]
     if any(row.get("right") is False for row in mine):
         raise SystemExit("WRONG: nibs is further from the truth than it may be, see the columns of errors.")
+    if run.where.gpu and any("failed" in row for row in mine):
+        raise SystemExit("FAILED: some of what nibs was to do has no figures, and its reason in their place.")
+
+
+def of_part(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """Its rows as they come; one that says why, where there are no more."""
+    if run.late():
+        yield {"failed": "no time was left"}
+        return
+    try:
+        yield from getattr(run, name)()
+    except Exception as error:  # what was measured before it is kept, and other parts want their turn
+        yield {"failed": f"{type(error).__name__}: {error}"}
+
+
+def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What is asked of one GPU, with what was found there; at the sizes that were asked for alone."""
+    rows = [row for row in found.get("speed", []) if row.get("n") == 65_536]
+    mine = {(row["objective"], row["d"]): row for row in rows if row["contender"] == "nibs"}
+    judged = []
+    for row in rows:
+        about = f"{row['objective']}, d = {row['d']}"
+        if row["contender"] == "nibs":
+            required, goal = ASKED.get((row["objective"], row["d"]), (None, None))
+            if required is not None:
+                judged.append(verdict(f"{about}: ms", row.get("median_ms"), required, goal, row))
+            bytes_held = row.get("plan_workspace")
+            judged.append(verdict(f"{about}: workspace MiB", bytes_held and bytes_held / 2**20, WORKSPACE, None, row))
+            judged.append(verdict(f"{about}: float32 copies", row.get("copies"), COPIES, None, row))
+        elif row["contender"] in FASTER:
+            beside = mine.get((row["objective"], row["d"]), {})
+            times = [one.get("median_ms") for one in (row, beside)]
+            ratio = None if None in times else times[0] / times[1]
+            what = f"{about}: times as fast as {row['contender']}"
+            judged.append(verdict(what, ratio, FASTER[row["contender"]], None, row, more=True))
+    for row in found.get("large", []):
+        if row.get("n", 4_194_304) == 4_194_304:
+            judged.append(verdict("4,194,304 rows of 768: seconds", row.get("seconds"), *LARGE, row))
+    return judged
+
+
+def verdict(
+    what: str, found: float | None, required: float, goal: float | None, row: dict[str, Any], *, more: bool = False
+) -> dict[str, Any]:
+    """One line. more: as much as is asked is enough; else it is too much. A time that is not right is none."""
+    if found is None:
+        said = f"not measured: {row.get('failed', '')}"
+    elif row.get("right") is False and not more:
+        said = "wrong"
+    elif found < required if more else found > required:
+        said = f"missed by {abs(found / required - 1):.0%}"
+    else:
+        said = "met" if goal is None or found > goal else "goal met"
+    return {"what": what, "found": found, "required": required, "goal": goal, "verdict": said}
 
 
 def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> None:
@@ -622,6 +696,7 @@ def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> Non
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
+        "verdicts": verdicts({part: rows}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -22,12 +22,14 @@ peer whose step would take longer than `--seconds` is left out of larger batches
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,7 @@ class Run:
     rates: dict[str, float]
     rows: list[Row] = field(default_factory=list)
     gone: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    keep: Callable[[], None] = lambda: None  # called after each batch
 
     def chosen(self, objective: str) -> list[Contender]:
         """The contenders of an objective that the command names."""
@@ -119,6 +122,8 @@ class Run:
             mine = {row.n: row for row in fresh if row.contender == contender.name and row.step is not None}
             large = [n for n in mine if n >= MEMORY_FROM]
             if large and not self.options.no_memory and (dtype == "float32" or self.device != "cpu"):
+                if self.device != "cpu" and contender.name == "nibs jax":
+                    continue  # there PyTorch's allocator is asked, which does not know JAX's
                 for n, count in peaks(contender, dtype, d, self.device, large).items():
                     mine[n].peak = count
 
@@ -163,6 +168,7 @@ class Run:
                     why = f"{row.step:.2g} s a step at n = {n}: this one would take longer than --seconds {limit:g}"
                     self.gone[row.contender, objective, dtype] = why
         self.rows += rows
+        self.keep()
         print(f"{objective} {dtype} n = {n} d = {d}: {len(steps)} contenders", flush=True)
         return rows
 
@@ -337,6 +343,16 @@ def main() -> None:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(options, device, product_rates(device))
+    about = {**machine(device), "dim": options.dim}
+    name = f"{device}-one-thread" if one_thread() else device
+
+    def keep() -> None:
+        figures = {"machine": about, "products per second": run.rates, "rows": [vars(row) for row in run.rows]}
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+    if options.results:
+        run.keep = keep
     sizes = CPU_SIZES if device == "cpu" else GPU_SIZES
     for (objective, dtype), default in sizes.items():
         if objective in options.objectives and dtype in options.dtypes:
@@ -351,15 +367,14 @@ def main() -> None:
     for row in run.rows:
         if row.rate is not None:
             row.rate *= before[row.dtype] / run.fastest(row.dtype)
-    about = {**machine(device), "dim": options.dim}
     text = tables(run.rows, run.rates, about)
     print("\n" + text)
-    name = f"{device}-one-thread" if one_thread() else device
     if options.results:
-        options.results.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": about, "products per second": run.rates, "rows": [vars(row) for row in run.rows]}
-        (options.results / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-        plot(run.rows, options.results / f"{name}.png")
+        run.keep()
+        if importlib.util.find_spec("matplotlib"):
+            plot(run.rows, options.results / f"{name}.png")
+        else:
+            print("No plot was made: pip install matplotlib")
     if options.docs:
         if options.results:
             shown = os.path.relpath(options.results / f"{name}.png", options.docs.parent)

@@ -42,6 +42,39 @@ def test_a_peer_that_cannot_run_is_a_row_with_its_reason(gpu, monkeypatch, tmp_p
     assert {row.get("failed") for row in rows if row["contender"] == "a peer"} == {"RuntimeError: it is not here"}
 
 
+def test_rows_before_a_failure_are_kept_and_other_parts_have_their_turn(gpu, monkeypatch, tmp_path, capsys):
+    def breaks(run):
+        yield {"contender": "ceilings", "product_tflops": 1.0, "copy_tb_s": 1.0}
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(gpu.Run, "speed", breaks)
+    gpu.main([*SMALL, "--parts", "speed", "large", "--output", str(tmp_path / "gpu.json")])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row.get("failed") for row in report["speed"]["rows"]] == [None, "MemoryError: no more"]
+    assert report["large"]["rows"][0]["right"]
+    assert "MemoryError: no more" in capsys.readouterr().out
+
+
+def test_what_is_asked_of_a_gpu_stands_beside_what_was_found(gpu):
+    size = {"n": 65_536, "d": 768}
+    nibs = {"contender": "nibs", "objective": "InfoNCE", "median_ms": 40.0, "copies": 6.0, "plan_workspace": 2**28}
+    peers = [
+        {"contender": "inf-cl", "objective": "InfoNCE", "median_ms": 200.0},
+        {"contender": "memeff", "objective": "InfoNCE", "failed": "it is not here"},
+    ]
+    rows = [{**row, **size} for row in (nibs, *peers)]
+    large = [{"n": 4_194_304, "seconds": 150.0, "right": False}]
+    found = {one["what"]: one["verdict"] for one in gpu.verdicts({"speed": rows, "large": large})}
+    assert found == {
+        "InfoNCE, d = 768: ms": "met",
+        "InfoNCE, d = 768: workspace MiB": "met",
+        "InfoNCE, d = 768: float32 copies": "missed by 20%",
+        "InfoNCE, d = 768: times as fast as inf-cl": "missed by 50%",
+        "InfoNCE, d = 768: times as fast as memeff": "not measured: it is not here",
+        "4,194,304 rows of 768: seconds": "wrong",
+    }
+
+
 def test_a_loss_that_is_wrong_fails_the_run(gpu, monkeypatch):
     def wrong(objective, where, **options):
         right = gpu.ours(objective, where, **options)

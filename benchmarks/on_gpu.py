@@ -1,0 +1,200 @@
+"""All that wants a GPU, by one command, what is worth most first: each part by itself, within its time.
+
+    python benchmarks/on_gpu.py --list                        the parts, their seconds and their commands
+    python benchmarks/on_gpu.py --minutes 9.5                 as many as that takes; the last line says how to go on
+    python benchmarks/on_gpu.py --results out/gpu speed large these parts alone
+    python benchmarks/on_gpu.py --dry                         here, tiny, without a GPU: does each part start and end?
+
+A part is a command of its own: one that fails, hangs or takes the GPU down with it leaves the others their turn. Its
+figures (PART.json), what it printed (PART.log, written as it is printed) and `parts.json`, rewritten after each, lie in
+`--results`, so that whoever is cut off keeps what was measured. Nothing needs to be installed: the folders of this
+repository are put on the path, and plugins named by NIBS_PLUGINS. Peers lie in out/peers, or are installed:
+
+    python -m pip install --no-deps --target out/peers inf-cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2 \\
+        cut-cross-entropy open_clip_torch
+
+It ends with 1 if a part failed or was not begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = [".", "conformance", *(f"backends/nibs-{name}" for name in ("numpy", "torch", "jax", "cupy")), "out/peers"]
+PLUGINS = "nibs_numpy.plugin,nibs_torch.plugin,nibs_jax.plugin,nibs_cupy.plugin"
+SUITE = "-m pytest -q -p nibs_conformance.plugin --pyargs nibs_conformance"
+TINY = "--device cpu --n 48 --d 16 --rows 24 --copies 2 --repeats 1"
+WORTH = 15  # seconds: with less left, nothing is begun
+GRACE = 10  # seconds in which an interrupted part may write down what it has
+
+
+@dataclass(frozen=True)
+class Part:
+    """arguments: of Python; {out} is its JSON. dry: the same without a GPU. leaves: a file that it writes elsewhere."""
+
+    name: str
+    seconds: int
+    arguments: str
+    dry: str
+    leaves: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def torch_part(name: str, seconds: int, parts: str) -> Part:
+    """Of benchmarks/gpu.py."""
+    command = f"benchmarks/gpu.py --parts {parts} --output {{out}}"
+    return Part(name, seconds, f"{command} --seconds {seconds - GRACE}", f"{command} {TINY}")
+
+
+def cupy_part(name: str, seconds: int, steps: str) -> Part:
+    """Of benchmarks/gpu_cupy.py, whose file has a fixed place."""
+    command = f"benchmarks/gpu_cupy.py {steps}"
+    return Part(name, seconds, command, f"{command} --dry", leaves="out/gpu-cupy.json")
+
+
+PARTS = [
+    torch_part("check", 90, "check"),
+    torch_part("speed", 240, "speed"),
+    cupy_part("cupy-speed", 200, "check speed"),
+    torch_part("large", 240, "large"),
+    torch_part("tune", 120, "tune"),
+    torch_part("speed-tuned", 200, "speed"),
+    torch_part("ring", 120, "ring"),
+    Part(
+        "jax",
+        200,
+        "benchmarks/gpu_jax.py --output {out}",
+        "benchmarks/gpu_jax.py --n 48 --d 16 --turns 1 --output {out}",
+        environment=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),),
+    ),
+    Part(
+        "torch-suite",
+        300,
+        f"{SUITE} --nibs-backend torch --nibs-device cuda --nibs-dtypes float32,bfloat16,float16",
+        f"{SUITE} --nibs-backend torch --nibs-dtypes float32 --nibs-cases symmetric -k test_loss",
+        environment=(("NIBS_TORCH_KERNEL", "triton"),),
+    ),
+    Part(
+        "peers",
+        300,
+        "benchmarks/run.py --device cuda --turns 2 --patience 60 --results {folder}",
+        "benchmarks/run.py --device cpu --n 48 --widths --turns 1 --no-memory --dtypes float32 --results {folder}",
+        environment=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),),
+    ),
+    cupy_part("cupy-kernels", 200, "ceilings kernels"),
+    cupy_part("cupy-suite", 400, "record suite"),
+]
+
+
+def environment(part: Part, *, dry: bool) -> dict[str, str]:
+    """Of a part: this checkout first, and what is not installed named."""
+    path = [str(ROOT / folder) for folder in FOLDERS] + [os.environ.get("PYTHONPATH", "")]
+    words = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    words["NIBS_PLUGINS"] = os.environ.get("NIBS_PLUGINS", PLUGINS)
+    own = {} if dry and part.name == "torch-suite" else dict(part.environment)
+    return {**os.environ, **words, **own}
+
+
+def command(part: Part, results: Path, *, dry: bool) -> list[str]:
+    """What is run."""
+    words = shlex.split(part.dry if dry else part.arguments)
+    return [sys.executable, *(word.format(out=results / f"{part.name}.json", folder=results) for word in words)]
+
+
+def run(part: Part, results: Path, limit: float, *, dry: bool) -> dict[str, object]:
+    """The part, as long as it may take; what came of it."""
+    words = command(part, results, dry=dry)
+    begun = time.monotonic()
+    with (results / f"{part.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment(part, dry=dry),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+            outcome = "done" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            outcome = f"cut off after {limit:.0f} s"
+        finally:
+            end(process)
+    left = ROOT / part.leaves
+    if part.leaves and left.is_file() and left.stat().st_mtime >= time.time() - (time.monotonic() - begun) - 1:
+        shutil.copy(left, results / f"{part.name}.json")
+    printed = (results / f"{part.name}.log").read_text(errors="replace").strip().splitlines()
+    return {
+        "part": part.name,
+        "outcome": outcome,
+        "seconds": round(time.monotonic() - begun, 1),
+        "date": date.today().isoformat(),
+        "command": shlex.join(words),
+        "last words": printed[-3:],
+    }
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A part and all that it started: as Ctrl-C would, then for good."""
+    for how, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what was asked for, as far as the time goes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in PARTS]
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"in this order: {', '.join(names)}; default: all")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of them; default: 9.5")
+    parser.add_argument("--results", type=Path, default=Path("out/gpu"), help="a folder; default: out/gpu")
+    parser.add_argument("--list", action="store_true", help="say what would be run")
+    parser.add_argument("--dry", action="store_true", help="tiny, and without a GPU")
+    asked = parser.parse_args(arguments)
+    if unknown := [name for name in asked.parts if name not in names]:
+        parser.error(f"no part {unknown[0]!r}: expected some of {', '.join(names)}")
+    results = asked.results.resolve()
+    chosen = [part for part in PARTS if not asked.parts or part.name in asked.parts]
+    if asked.list:
+        for part in chosen:
+            print(f"{part.name:14}{part.seconds:4} s  python {shlex.join(command(part, results, dry=asked.dry)[1:])}")
+        return 0
+    results.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + 60 * asked.minutes
+    record = results / "parts.json"
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    todo = list(chosen)
+    while todo and until - time.monotonic() > WORTH:
+        part = todo.pop(0)
+        print(f"{part.name}: at most {part.seconds} s", flush=True)
+        found[part.name] = run(part, results, min(part.seconds, until - time.monotonic() - GRACE), dry=asked.dry)
+        record.write_text(json.dumps(found, indent=1) + "\n")
+        outcome, taken = found[part.name]["outcome"], found[part.name]["seconds"]
+        print(f"{part.name}: {outcome}, {taken} s", *found[part.name]["last words"], sep="\n    ", flush=True)
+    if todo:
+        print(f"no time left; to go on: python benchmarks/on_gpu.py {' '.join(part.name for part in todo)}")
+    done = [part for part in chosen if part not in todo and found[part.name]["outcome"] == "done"]
+    return 0 if len(done) == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

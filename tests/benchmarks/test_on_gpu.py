@@ -1,0 +1,54 @@
+"""One command for a GPU: a part that fails or hangs leaves the others their turn, and what was measured is kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+WORDS = {
+    "breaks": "-c 'print(41); raise SystemExit(3)'",
+    "hangs": "-c 'print(42, flush=True)\nwhile True: pass'",
+    "works": """-c 'import nibs, sys; open(sys.argv[1], "w").write("43")' {out}""",
+    "waits": "-c 'print(44)'",
+}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("on_gpu")
+    limits = {"hangs": 1}
+    parts = [module.Part(name, limits.get(name, 60), words, words) for name, words in WORDS.items()]
+    monkeypatch.setattr(module, "PARTS", parts)
+    return module
+
+
+def test_a_part_that_fails_or_hangs_leaves_the_others_their_turn(on_gpu, tmp_path):
+    assert on_gpu.main(["breaks", "hangs", "works", "--results", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "parts.json").read_text())
+    outcomes = {name: one["outcome"] for name, one in found.items()}
+    assert outcomes == {"breaks": "failed (3)", "hangs": "cut off after 1 s", "works": "done"}
+    assert found["breaks"]["last words"] == ["41"]
+    assert (tmp_path / "hangs.log").read_text().startswith("42\n")
+    assert (tmp_path / "works.json").read_text() == "43"
+
+
+def test_what_no_time_is_left_for_is_named_and_can_be_asked_for(on_gpu, tmp_path, capsys):
+    assert on_gpu.main(["works", "waits", "--minutes", "0", "--results", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "no time left; to go on: python benchmarks/on_gpu.py works waits\n"
+
+
+def test_the_record_keeps_parts_of_earlier_calls(on_gpu, tmp_path):
+    for name in ("works", "waits"):
+        assert on_gpu.main([name, "--results", str(tmp_path)]) == 0
+    assert set(json.loads((tmp_path / "parts.json").read_text())) == {"works", "waits"}
+
+
+def test_the_list_names_each_part_and_runs_none(on_gpu, tmp_path, capsys):
+    assert on_gpu.main(["--list", "--results", str(tmp_path / "none")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if " s  python" in line] == list(WORDS)
+    assert not (tmp_path / "none").exists()
