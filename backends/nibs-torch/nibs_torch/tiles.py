@@ -259,22 +259,9 @@ class TorchTiles:
     # -- Sigmoid ----------------------------------------------------------------------------------
 
     def _softplus(self, part: Tile, problem: Problem, values: Any, permitted: Any) -> Any:
-        """Row sums of softplus(-z s) = log(1 + E), E = exp(-z s), equation (3): one logarithm for `GROUP` factors.
-
-        Factors are multiplied as `(1 + a) (1 + b) - 1 = a + b + a b`, which keeps the digits of the smallest E: three
-        roundings a time, of positive numbers, so at most 9 half eps of each sum's value. A product beyond the largest
-        float is infinite, and so is the sum.
-        """
+        """Row sums of softplus(-z s) = log(1 + E), E = exp(-z s), equation (3)."""
         terms = self._signed(part, problem, values).exp_()
-        if permitted is not None:
-            terms.masked_fill_(~permitted, 0.0)
-        width = terms.shape[1]
-        for _ in range(GROUP.bit_length() - 1):
-            half = width // 2
-            width -= half
-            ones, others = terms[:, :half], terms[:, width : width + half]
-            ones.addcmul_(ones, others).add_(others)
-        return terms[:, :width].log1p_().sum(1)
+        return logarithms(terms if permitted is None else terms.masked_fill_(~permitted, 0.0))
 
     def _own_softplus(self, part: Tile, problem: Problem, values: Any, permitted: Any) -> Any:
         """The same by a logarithm for each pair, which no logit is too large for."""
@@ -494,6 +481,22 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.T
     """A 0-d constant; the schedule asks for the same few in every call, and writes to none."""
     with torch.inference_mode(False):  # made under inference mode it could not be used outside it
         return torch.full((), value, dtype=dtype, device=device)  # `torch.tensor` would copy, and wait for the copy
+
+
+def logarithms(terms: torch.Tensor) -> torch.Tensor:
+    """Row sums of log(1 + E) of `terms`, which hold E and are overwritten: one logarithm for `GROUP` factors.
+
+    Factors are multiplied as `(1 + a) (1 + b) - 1 = a + b + a b`, which keeps the digits of the smallest E: three
+    roundings a time, of positive numbers, so at most 9 half eps of each sum's value. A product beyond the largest
+    float is infinite, and so is the sum.
+    """
+    width = terms.shape[1]
+    for _ in range(GROUP.bit_length() - 1):
+        half = width // 2
+        width -= half
+        ones, others = terms[:, :half], terms[:, width : width + half]
+        ones.addcmul_(ones, others).add_(others)
+    return terms[:, :width].log1p_().sum(1)
 
 
 def capturing(device: torch.device) -> bool:

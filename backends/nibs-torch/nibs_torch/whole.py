@@ -35,7 +35,7 @@ from nibs.request import WRT, Request
 from nibs.spec import Gradients, InfoNCE
 from nibs_torch import mkl
 from nibs_torch.precision import of_rows, products
-from nibs_torch.tiles import HEAD, LOW, STRIP
+from nibs_torch.tiles import HEAD, LOW, STRIP, logarithms
 
 __all__ = ["whole"]
 
@@ -197,7 +197,10 @@ def _sigmoid(logits: Tensor, bias: float, *, grad: bool, moment: bool) -> Found 
         torch.add(raw, bias, out=strip)
         seen += strip.sum().item()  # -inf, which the loss does not show
         positives = strip.diagonal(begin).neg_()  # -z s
-        loss += torch.ops.aten.softplus(strip, 1, 40).sum().item()  # above 40 it is the identity, in float64 too
+        part = logarithms(strip.exp()).sum().item() if strip.numel() > FEW else math.inf
+        if not math.isfinite(part):  # a few pairs, or factors whose product is beyond floats
+            part = torch.ops.aten.softplus(strip, 1, 40).sum().item()  # above 40 it is the identity, in float64 too
+        loss += part
         if grad:
             strip.sigmoid_()
             positives.neg_()

@@ -142,6 +142,18 @@ def test_the_loss_of_pairs_that_match_is_not_below_zero(monkeypatch, way):
     assert 0.0 <= loss < 1e-6
 
 
+@pytest.mark.parametrize("scale", [10.0, 300.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_sigmoids_whose_exponentials_overflow_are_served(monkeypatch, way, scale):
+    take(way, monkeypatch)
+    queries, keys = (torch.nn.functional.normalize(rows, dim=-1) for rows in inputs(torch.float32))
+    options = {"scale": scale, "bias": -1.0, "objective": nibs.Sigmoid()}
+    loss, gradients = whole(asked(queries, keys, **options), grad=True)
+    exact, right = through_the_schedule(queries.double(), keys.double(), **options)
+    assert abs(loss - exact) < 1e-6 * exact
+    torch.testing.assert_close(gradients.scale.double(), right.scale, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_another_device_by_default_changes_nothing(objective):
     queries, keys = inputs()
