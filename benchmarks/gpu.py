@@ -31,6 +31,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -404,7 +405,8 @@ class Run:
                 row.update(plan_workspace=made.workspace, kernel=made.kernel, products=made.products)
             return row
         except Exception as error:  # a peer may fail in its own way, and the others still want their turn
-            return {"failed": f"{type(error).__name__}: {error}"[:300]}
+            said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            return {"failed": f"{type(error).__name__}: {said}"[:300]}
         finally:
             for one in inputs:
                 one.grad = None

@@ -148,11 +148,15 @@ class NumpyTiles:
             of_columns += scratch.sum(0) * back
         rows[0].mass, rows[0].shift = np.concatenate(row_parts), np.concatenate(shifts)
         columns[0].mass, columns[0].shift = of_columns, np.full_like(of_columns, shift)
-        return bool(min(rows[0].mass.min(), of_columns.min()) >= LOW)
+        held = True
+        for side, axis, permitted in (rows, columns):
+            if permitted is not None:  # who has no allowed pair has nothing to keep
+                side.shift[~np.broadcast_to(permitted, logits.shape).any(axis)] = self.lowest
+            held = held and bool(((side.mass >= LOW) | (side.shift == self.lowest)).all())
+        return held
 
     def _own_masses(self, logits: Any, side: Lse, axis: int, permitted: Any) -> None:
         """Masses of one side by its own shifts."""
-
         parts = [self._seen(logits, permitted, *strip).max(axis) for strip in self._strips(logits)]
         highest = np.concatenate(parts) if axis == 1 else np.max(parts, axis=0)
         empty = highest == -np.inf
@@ -181,7 +185,6 @@ class NumpyTiles:
             )
             for side, axis, permitted in sides
         ]
-
         for where, scratch in self._strips(logits):
             values = logits[where]
             of = [tuple(_of(vector, where) for vector in side) for side in vectors]
@@ -201,7 +204,6 @@ class NumpyTiles:
                     np.subtract(values, smooth, out=values, where=True if permitted is None else permitted)
             if middle is not None and of[0][3] is not None:
                 np.copyto(values, 0, where=~of[0][3])
-
         self._subtract_targets(tile, problem, logits, sides)
 
     def _subtract_targets(self, tile: Tile, problem: Problem, weights: Any, sides: Any) -> None:
@@ -219,7 +221,6 @@ class NumpyTiles:
         """Row sums of softplus(-z s), equation (3); if `keep`, by the same exponential, sigmoid(-z s) in the place of
         the logits.
         """
-
         self._flip(tile, problem, logits)
         parts = []
         for where, scratch in self._strips(logits):
