@@ -261,6 +261,7 @@ def _as_inputs(gradients: Gradients, request: Request) -> Gradients:
 
 
 def _joining(request: Request) -> AbstractContextManager[Any]:
+    """Around a call: what its ranks are told, where there are others."""
     return ALONE if request.ring is None else joining(request.ring)
 
 

@@ -137,7 +137,7 @@ def _few(logits: Tensor, objective: InfoNCE, *, grad: bool, moment: bool) -> Fou
     sides = [torch.log_softmax(logits, 1)] if objective.rows else []
     if objective.columns:
         sides.append(torch.log_softmax(logits, 0))
-    loss = -sum(torch.trace(side).item() for side in sides)  # row i's positive is that of column i
+    loss = 0.0 - sum(torch.trace(side).item() for side in sides)  # row i's positive is that of column i
     if not math.isfinite(loss):
         return None
     if not grad:
