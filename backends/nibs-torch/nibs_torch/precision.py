@@ -5,9 +5,10 @@
     "highest"   IEEE float32
 
 PyTorch keeps this in flags of the whole process. They are set for the one product that is being computed (on a GPU:
-launched; of a small batch: for its three), and put back after it; threads that want the same flag at once share it, and others wait, those too that
-want it as the framework is set. Where a flag stands right already, nothing is touched. Products of another thread
-that are not nibs's may see it meanwhile, and get more or less precision than they asked for, but no wrong numbers.
+launched; of a small batch: for its three), and put back after it; threads that want the same flag at once share it, and
+others wait, those too that want it as the framework is set. Where a flag stands right already, nothing is touched.
+Products of another thread that are not nibs's may see it meanwhile, and get more or less precision than they asked for,
+but no wrong numbers.
 
 On a CPU the flag also says whose kernels run. PyTorch gives float32 products to MKL, which goes by the maker of the
 processor: on an AMD EPYC with AVX-512 it reaches half of what oneDNN does. `fp32_precision = "bf16"` allows oneDNN
