@@ -120,12 +120,13 @@ def contrastive_loss_and_grad(queries: Any, keys: Any, *, backend: str | None = 
 
 
 def _loss_and_grad(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]) -> Any:
-    request, name = _ready(queries, keys, backend, options)
-    if request.reduction == "none":
+    reduction = options.get("reduction")
+    if isinstance(reduction, str) and reduction == "none":  # whoever would serve it
         raise InvalidInput(
             "reduction='none' with contrastive_loss_and_grad: n values have no one gradient. Use 'mean' or 'sum', "
             "or differentiate contrastive_loss."
         )
+    request, name = _ready(queries, keys, backend, options)
     owner = registry.load(request.owner)
     if name == request.owner:
         return owner.loss_and_grad(request)
