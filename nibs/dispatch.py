@@ -168,7 +168,7 @@ def _ready(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]
     try:
         facts = _facts(given, backend, options)
         known = _calls.get(facts)
-    except (AttributeError, TypeError):  # no array, or what does not hash: never known
+    except (AttributeError, TypeError, ValueError):  # no array, or what does not hash or compare: never known
         facts = known = None
     if known is not None:
         request, name, info = known

@@ -778,6 +778,12 @@ def _spoilt(name: str, side: str, value: float) -> None:
     )
 
 
+_case(
+    "nan-beside-far-sigmoid-none",
+    "cruel",
+    lambda r: _with_value(r, "queries", np.nan, objective=Sigmoid(), scale=900.0, reduction="none"),
+    "the largest logit, which says what to do with logits beyond exp, is NaN for a whole tile",
+)
 _spoilt("nan-in-queries", "queries", np.nan)
 _spoilt("nan-in-keys", "keys", np.nan)
 _spoilt("inf-in-queries", "queries", np.inf)

@@ -74,6 +74,7 @@ WRONG = {
     "two dtypes": ({}, (rows(), rows(dtype=np.float64))),
     "what does not hash": ({"wrt": (["queries"],)}, None),
     "no name": ({"backend": ""}, None),
+    "an array for a name": ({"backend": np.ones(3)}, None),
 }
 
 

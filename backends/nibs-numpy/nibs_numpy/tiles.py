@@ -225,7 +225,7 @@ class NumpyTiles:
         parts = []
         for where, scratch in self._strips(logits):
             values = logits[where]
-            beyond = np.maximum(values - FAR, 0) if values.max() > FAR else None
+            beyond = None if values.max() <= FAR else np.maximum(values - FAR, 0)  # NaN in one row hides no other
             raised = np.exp(np.minimum(values, FAR, out=scratch), out=scratch)
             if keep:
                 np.divide(raised, np.add(raised, 1, out=values), out=values)

@@ -42,7 +42,9 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, alpha: float = 1.0, bet
 
     With beta 0 it does not matter what `out` holds. As many threads run as `torch.set_num_threads` says.
     """
-    if max(*left.shape, *right.shape, out.stride(0)) > LONGEST:
+    # A wrapper around tensors (`__torch_dispatch__`: what a functional collective gives, a fake one) has no memory.
+    memory = left.data_ptr() and right.data_ptr() and out.data_ptr()
+    if not memory or max(*left.shape, *right.shape, out.stride(0)) > LONGEST:
         torch.addmm(out, left.float(), right.float(), beta=beta, alpha=alpha, out=out)
         return
     left, turned, step = _laid_out(left)

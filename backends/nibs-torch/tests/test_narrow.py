@@ -288,6 +288,19 @@ def test_what_is_not_finite_shows_in_its_own_row_alone(bad):
 
 
 @shown
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tensor_that_wraps_another_has_no_memory_to_read(side):
+    """Such is what a functional collective gives."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    factors, out = [drawn(40, 33), drawn(33, 50)], torch.empty(40, 50)
+    expected = [one.clone() for one in factors]
+    factors[side] = TwoTensor(factors[side], factors[side].clone())
+    product(*factors, out)
+    assert right_to_float32(*expected, out)
+
+
+@shown
 def test_threads_that_multiply_at_once_get_the_bits_that_one_gets():
     left, right = drawn(200, 100), drawn(100, 150)
 

@@ -155,6 +155,15 @@ def test_sigmoids_whose_exponentials_overflow_are_served(monkeypatch, way, scale
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_of_nothing_has_no_sign(monkeypatch, objective, way):
+    take(way, monkeypatch)
+    rows = torch.eye(9)
+    loss, _ = whole(asked(rows, rows, objective=objective, scale=2000.0, bias=-1000.0), grad=True)
+    assert loss == 0.0 and not torch.signbit(loss)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_another_device_by_default_changes_nothing(objective):
     queries, keys = inputs()
     expected = whole(asked(queries, keys, objective=objective), grad=True)
