@@ -62,8 +62,6 @@ class TorchTiles:
     # -- the verbs --------------------------------------------------------------------------------
 
     def tile_lse(self, tile: Tile, problem: Problem, keep: bool) -> tuple[Lse, Lse, Any]:
-        if self._narrow and not keep and problem.margin is None:
-            problem = replace(problem, fold=True)
         logits = self._products(tile, problem, keep=keep)
         row_parts, column_parts = [], []
         shared = problem.softmax and problem.rows and problem.columns and problem.margin is None
@@ -156,7 +154,7 @@ class TorchTiles:
             if weight is not None:
                 weight = weight + self.total(weights.sum(1))
             if product is not None:
-                product = product + torch.dot(raw.flatten(), weights.flatten()).to(self.wide)
+                product = product + self.total(raw.mul_(weights).sum(1))
             if weights is not raw and (into is not None or onto is not None):
                 written[where].copy_(weights)
         if into is not None:
@@ -295,23 +293,19 @@ class TorchTiles:
         """`[r, c]`: products, times the scale where it is folded in."""
         shape = (tile.queries.shape[0], tile.keys.shape[0])
         out = self._fresh(shape) if keep else self._buffer("tile", shape)
-        # Rows of bfloat16 take no scale: they would be none any more. Their products do.
-        times = problem.scale.item() if self._narrow and problem.fold else 1.0
-        self._multiply(tile.scaled, tile.keys.T, problem, out, beta=0.0, alpha=times)
+        self._multiply(tile.scaled, tile.keys.T, problem, out, beta=0.0)
         if tile.exact is not None and tile.designated is not None:
             out[tile.designated] = tile.exact
         return out
 
-    def _multiply(
-        self, left: Any, right: Any, problem: Problem, out: Any, *, beta: float = 1.0, alpha: float = 1.0
-    ) -> None:
-        """`out = beta out + alpha left @ right`: every product of a tile."""
+    def _multiply(self, left: Any, right: Any, problem: Problem, out: Any, *, beta: float = 1.0) -> None:
+        """`out = beta out + left @ right`: every product of a tile."""
         if self._narrow:
-            mkl.product(left, right, out, beta=beta, alpha=alpha)
+            mkl.product(left, right, out, beta=beta)
             return
         flops = 2 * left.numel() * right.shape[1]
         with products(of_rows(self._rows, problem.precision), self.accumulator, self.device, flops):
-            torch.addmm(out, left, right, beta=beta, alpha=alpha, out=out)
+            torch.addmm(out, left, right, beta=beta, out=out)
 
     def _for_weights(self, logits: Any) -> Any:
         """`[r, c]`: where weights go that are made of these logits, strip by strip, to be multiplied."""
@@ -357,15 +351,15 @@ class TorchTiles:
         if problem.margin is not None:
             by_row = pairs.within_margin(part, strip, part.query_limit[:, None], permitted)
             by_column = pairs.within_margin(part, strip, part.key_limit[None, :], permitted)
-        offset = problem.bias if less is None else -less  # only the sigmoid has a bias, and only softmax takes off
-        if not problem.fold:
+        if not problem.fold:  # then `again` finds the products as they were
             out = self._buffer("logits", strip.shape)
-            if offset is None:
-                strip = torch.mul(strip, problem.scale, out=out)
-            else:
-                strip = torch.add(offset, strip, alpha=problem.scale.item(), out=out)
-        elif offset is not None and not (again and less is None):
-            strip.add_(offset)
+            if problem.bias is not None:
+                return torch.add(problem.bias, strip, alpha=problem.scale.item(), out=out), by_row, by_column
+            strip = torch.mul(strip, problem.scale, out=out)  # rounded, as the lse saw it, before anything is taken off
+        if less is not None:
+            strip.sub_(less)
+        elif problem.bias is not None and not again:
+            strip.add_(problem.bias)
         return strip, by_row, by_column
 
     def _add_positives(self, part: Tile, problem: Problem, values: Any, by_row: Any, rows: Lse, columns: Lse) -> None:

@@ -114,14 +114,58 @@ class Early(tiles.TorchTiles):
 class Folded(tiles.TorchTiles):
     """A fault: rows times the scale, which are no bfloat16 values, go into products that round them."""
 
-    def _multiply(self, left, right, problem, out, *, beta=1.0, alpha=1.0):
-        if self._narrow and beta == 0.0:
-            left, alpha = left * problem.scale.bfloat16(), alpha / problem.scale.bfloat16().item()
-        super()._multiply(left, right, problem, out, beta=beta, alpha=alpha)
+    def _multiply(self, left, right, problem, out, *, beta=1.0):
+        folds = self._narrow and beta == 0.0
+        scale = problem.scale.bfloat16()
+        super()._multiply(left * scale if folds else left, right, problem, out, beta=beta)
+        if folds:
+            out /= scale
 
 
 def rounded(weights):
     return weights if weights.dtype == torch.float64 else weights.bfloat16().float()  # the truth stays what it is
+
+
+def off(dtype, scale, sweep):
+    """The largest weight on rows that are matched far above all others, where it should be 0; unlike keys are far off.
+
+    Products 512 wide and more are summed in parts, to each of which a scale that is MKL's would be applied.
+    """
+    rows = torch.randn(64, 640, generator=torch.Generator().manual_seed(4))
+    rows = torch.nn.functional.normalize(rows, dim=-1).bfloat16().to(dtype)
+    plan = nibs.plan(64, 64, 640, str(dtype).removeprefix("torch."), query_tile=32, key_tile=48, sweep=sweep)
+    _, found = nibs.contrastive_loss_and_grad(rows, rows, scale=torch.tensor(scale), reduction="sum", plan=plan)
+    return float((found.queries.float() / scale).norm(dim=1).max())
+
+
+@pytest.mark.parametrize("sweep", ["keep", "recompute", "split"])
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e6, 1e7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_logit_is_the_same_number_in_the_lse_and_in_the_weights(dtype, scale, sweep):
+    assert off(dtype, scale, sweep) < 40 * 2**-23  # exponents of at most 35, rounded
+
+
+class Fused(tiles.TorchTiles):
+    """A fault: what is taken off a logit is taken off before the logit is rounded."""
+
+    def _values(self, part, problem, strip, *, less=None, again=False):
+        values, *permitted = super()._values(part, problem, strip, less=less, again=again)
+        if less is not None:
+            torch.add(-less, strip, alpha=problem.scale.item(), out=values)
+        return values, *permitted
+
+
+def test_a_logit_that_is_not_rounded_would_be_caught(monkeypatch):
+    monkeypatch.setattr(backend, "TorchTiles", Fused)
+    assert off(torch.bfloat16, 1e4, "keep") > 400 * 2**-23
+
+
+def test_the_gradient_of_scale_keeps_its_digits_where_all_pairs_are_alike():
+    rows = torch.full((2048, 1), 0.7).bfloat16()
+    asked = {"objective": nibs.Sigmoid(), "bias": -1.3, "targets": torch.full((2048,), -1)}
+    _, right = nibs.contrastive_loss_and_grad(rows.double(), rows.double(), scale=torch.tensor(1.1).double(), **asked)
+    _, found = nibs.contrastive_loss_and_grad(rows, rows, scale=torch.tensor(1.1), **asked)
+    assert abs(found.scale - right.scale) < 8 * 2**-23 * right.scale  # a plain running sum loses 1e-5
 
 
 @pytest.mark.parametrize("fault", [Early, Folded])
