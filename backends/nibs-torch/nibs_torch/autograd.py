@@ -148,6 +148,7 @@ class _Direct(torch.autograd.Function):
         return loss
 
     backward = _Loss.backward
+    jvp = _Loss.jvp
 
 
 def _keep(ctx: Any, job: Job, tensors: Sequence[Tensor], saved: Sequence[Tensor]) -> None:

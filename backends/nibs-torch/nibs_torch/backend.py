@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nibs.agreement import joining
 from nibs.arrays import describe, dtype_name
@@ -90,10 +91,11 @@ class TorchBackend(Backend):
 
     def _differentiated(self, request: Request) -> tuple[str, ...]:
         """Names of the inputs that want a gradient, out of those that the caller left in."""
-        if not torch.is_grad_enabled():
+        forward = forward_ad._current_level >= 0  # somebody's tangents: autograd refuses them by name
+        if not (torch.is_grad_enabled() or forward):
             return ()
         tensors = [name for name in WRT if request.wants(name) and isinstance(getattr(request, name), Tensor)]
-        if _transformed():  # which of them a transform differentiates is not to be seen from inside
+        if forward or _transformed():  # which of them a transform differentiates is not to be seen from inside
             return tuple(tensors)
         return tuple(name for name in tensors if getattr(request, name).requires_grad)
 

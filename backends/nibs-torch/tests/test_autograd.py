@@ -175,6 +175,17 @@ def test_vmap_is_a_batch_of_losses():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_tangent_is_refused_by_name_and_not_dropped(trained):
+    queries, keys, _ = (leaf.detach().requires_grad_(trained) for leaf in leaves())
+    with torch.autograd.forward_ad.dual_level():
+        nibs.contrastive_loss(queries.detach(), keys.detach())
+        dual = torch.autograd.forward_ad.make_dual(queries, torch.ones_like(queries))
+        with pytest.raises(Unsupported, match="no forward-mode derivative"):
+            nibs.contrastive_loss(dual, keys)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
 def test_forward_mode_is_refused_by_name():
     queries, keys, _ = leaves()
     with pytest.raises(Unsupported, match="no forward-mode derivative"):
