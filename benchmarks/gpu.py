@@ -7,16 +7,18 @@
     part     what
     tune     the tuning table's choices timed, the fastest kept for the other parts (`nibs_torch.kernels.tuning`)
     check    bits from run to run, a CUDA graph's replay against the eager step, who computes
-    speed    forward and backward of `--n` rows at each `--d`, in turns within one run: time, memory, and first the
-             distance of loss and gradients from float64. `beyond`: bytes beyond inputs and gradients
+    speed    forward and backward of `--n` rows at each `--d`, one contender after the other within one run: first the
+             distance of loss and gradients from float64, then memory beyond inputs and gradients (`copies`: as many
+             times as the queries take in float32), then the median of `--repeats` steps
     ring     one rank of eight in one process: a step whose shards are copied by another stream, as a link would,
              against the same step on a ring that moves nothing. The difference is what was exposed
     large    `--copies` times the batch, the same rows again and again: its loss is the small one's and log(copies),
              each gradient the small one's over copies, the scale's the same; so every row can be checked
 
-A contender that fails is a row with its reason. `--output` keeps each row as it comes, with machine, versions, command
-and date, in a file where other parts may stand already; tables go to the screen, and last, beside what is asked of an
-H200, what was found. Nothing is begun after `--seconds`. `benchmarks/on_gpu.py` runs this among all that wants a GPU.
+A contender that fails is a row with its reason; where one breaks the device, `--only nibs dense` goes on without it.
+`--output` keeps each row as it comes, with machine, versions, command and date, in a file where other parts may stand
+already; tables go to the screen, and last, beside what is asked of an H200, what was found. Nothing is begun after
+`--seconds`. `benchmarks/on_gpu.py` runs this among all that wants a GPU.
 """
 
 from __future__ import annotations
@@ -58,10 +60,11 @@ ASKED = {
 }
 FASTER = {"inf-cl": 10.0, "memeff": 1.7, "siglip-kernel": 1.45}  # times as fast as these, in the same run
 WORKSPACE = 512  # MiB, packed copies apart
-COPIES = 5  # float32 copies of the local embeddings, beyond inputs
+COPIES = 5  # float32 copies of the local embeddings, beyond inputs: gradients count
 LARGE = (180, 160)  # seconds for 4,194,304 rows of 768: required, and hoped for
 # Of the largest gradient: a stored bfloat16 is off by 2^-9 of itself, and its weights by as much again.
 GRADIENT = 2.0**-7
+GRAPHS = ("same bits", "needs a GPU")  # what may be said of a replay
 FLOAT32 = 1e-5  # of losses and scale gradients, relative: sums of n n terms, each right to 1e-7
 
 
@@ -330,8 +333,8 @@ class Run:
             row = {"objective": name, "n": n, "d": d, "kernel": kernel}
             row["same bits again"] = all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
             row["error"] = errors(first[0], inputs, truth(inputs, objective))
-            row["right"] = is_right(row["error"])
             row["graph"] = self._replayed(loss, inputs, first) if self.where.gpu else "needs a GPU"
+            row["right"] = is_right(row["error"]) and row["same bits again"] and row["graph"] in GRAPHS
             yield row
 
     def _replayed(self, loss: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Any]) -> str:
@@ -351,7 +354,7 @@ class Run:
             torch.cuda.synchronize()
             found = [value, *(one.grad for one in inputs)]
             alike = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-            return "same bits" if alike else "other bits"
+            return GRAPHS[0] if alike else "other bits"
         except Exception as error:  # said in its row: the rest of the run does not need it
             return f"{type(error).__name__}: {error}"
 
@@ -363,12 +366,15 @@ class Run:
                 inputs = batch(self.where, self.options.n, d)
                 right = None if self.late() else truth(inputs, objective)
                 for contender, make in CONTENDERS[name].items():
+                    if not any(word in contender for word in self.options.only):
+                        continue
                     row = {"contender": contender, "objective": name, "n": self.options.n, "d": d, "dtype": "bfloat16"}
                     if right is None or self.late():
                         row["failed"] = "no time was left"
                     else:
                         row.update(self._measured(contender, make, objective, inputs, right))
                     yield row
+                    self.where.forget()  # not before: where a kernel broke the device, this raises
                 del inputs, right
                 self.where.forget()
 
@@ -395,7 +401,9 @@ class Run:
                 one.grad = None
             beyond = where.peak(lambda: step(loss, inputs)) - held
             row: dict[str, Any] = {"error": found, "right": is_right(found), "beyond_bytes": beyond}
-            row["copies"] = beyond / (4 * inputs[0].numel())
+            whole = 4 * inputs[0].numel()
+            gradients = sum(one.numel() * one.element_size() for one in inputs)
+            row.update(copies=beyond / whole, copies_beyond_inputs=(beyond + gradients) / whole)
             row["median_ms"] = self._of_steps(loss, inputs)
             if name == "nibs":
                 row["kernels"] = profile(where, lambda: step(loss, inputs))
@@ -410,7 +418,6 @@ class Run:
         finally:
             for one in inputs:
                 one.grad = None
-            where.forget()
 
     def ring(self) -> Iterator[dict[str, Any]]:
         """One rank of eight, whose peers hold what it holds."""
@@ -604,6 +611,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32_768], help="of a rank, in the ring")
     parser.add_argument("--copies", type=int, default=64, help="of the batch, in the large one")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose names contain one of these words")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path)
@@ -631,7 +639,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(heads, [list(one.values()) for one in judged]))
     mine = [row for rows in found.values() for row in rows if row.get("contender", "nibs") == "nibs"]
     if any(row.get("right") is False for row in mine):
-        raise SystemExit("WRONG: nibs is further from the truth than it may be, see the columns of errors.")
+        raise SystemExit(
+            "WRONG: nibs is further from the truth than it may be, or has other bits again: see the tables."
+        )
     if run.where.gpu and any("failed" in row for row in mine):
         raise SystemExit("FAILED: some of what nibs was to do has no figures, and its reason in their place.")
 
@@ -660,7 +670,7 @@ def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 judged.append(verdict(f"{about}: ms", row.get("median_ms"), required, goal, row))
             bytes_held = row.get("plan_workspace")
             judged.append(verdict(f"{about}: workspace MiB", bytes_held and bytes_held / 2**20, WORKSPACE, None, row))
-            judged.append(verdict(f"{about}: float32 copies", row.get("copies"), COPIES, None, row))
+            judged.append(verdict(f"{about}: float32 copies", row.get("copies_beyond_inputs"), COPIES, None, row))
         elif row["contender"] in FASTER:
             beside = mine.get((row["objective"], row["d"]), {})
             times = [one.get("median_ms") for one in (row, beside)]

@@ -57,7 +57,8 @@ def test_rows_before_a_failure_are_kept_and_other_parts_have_their_turn(gpu, mon
 
 def test_what_is_asked_of_a_gpu_stands_beside_what_was_found(gpu):
     size = {"n": 65_536, "d": 768}
-    nibs = {"contender": "nibs", "objective": "InfoNCE", "median_ms": 40.0, "copies": 6.0, "plan_workspace": 2**28}
+    nibs = {"contender": "nibs", "objective": "InfoNCE", "median_ms": 40.0, "plan_workspace": 2**28}
+    nibs |= {"copies": 5.0, "copies_beyond_inputs": 6.0}
     peers = [
         {"contender": "inf-cl", "objective": "InfoNCE", "median_ms": 200.0},
         {"contender": "memeff", "objective": "InfoNCE", "failed": "it is not here"},
@@ -83,6 +84,43 @@ def test_a_loss_that_is_wrong_fails_the_run(gpu, monkeypatch):
     monkeypatch.setattr(gpu, "CONTENDERS", {name: {"nibs": wrong} for name in gpu.OBJECTIVES})
     with pytest.raises(SystemExit, match="WRONG"):
         gpu.main([*SMALL, "--parts", "speed"])
+
+
+def test_other_bits_from_run_to_run_fail_the_run(gpu, monkeypatch):
+    factors = iter([1 + 1e-6, 1 + 2e-6] * 4)
+    right = gpu.ours
+
+    def restless(objective, where, **options):
+        loss = right(objective, where, **options)
+        return lambda queries, keys, scale: loss(queries, keys, scale) * next(factors)
+
+    monkeypatch.setattr(gpu, "ours", restless)
+    with pytest.raises(SystemExit, match="WRONG"):
+        gpu.main([*SMALL, "--parts", "check"])
+
+
+def test_a_peer_that_breaks_the_device_is_named(gpu, monkeypatch, tmp_path):
+    def broken(objective, where):
+        monkeypatch.setattr(gpu.Where, "forget", broken_device)
+        raise RuntimeError("an illegal address")
+
+    def broken_device(where):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(gpu, "CONTENDERS", {name: {"nibs": gpu.ours, "a peer": broken} for name in gpu.OBJECTIVES})
+    gpu.main([*SMALL, "--parts", "speed", "--output", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["speed"]["rows"]
+    assert [row.get("contender") for row in rows] == ["ceilings", "nibs", "a peer", None]
+    assert [row.get("failed") for row in rows[2:]] == [
+        "RuntimeError: an illegal address",
+        "RuntimeError: the device is gone",
+    ]
+
+
+def test_contenders_can_be_named(gpu, tmp_path):
+    gpu.main([*SMALL, "--parts", "speed", "--only", "plain", "--output", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["speed"]["rows"]
+    assert {row["contender"] for row in rows} == {"ceilings", "nibs plain"}
 
 
 def test_nothing_begins_after_the_time_is_up(gpu, tmp_path):
