@@ -9,12 +9,14 @@ of its own, beyond inputs and gradients: the system's high-water mark on a CPU, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from contenders import CONTENDERS, Batch, Contender, Step
 SCALE, BIAS = {"InfoNCE": 14.3, "Sigmoid": 10.0}, {"InfoNCE": 0.0, "Sigmoid": -10.0}
 PRODUCTS = {"InfoNCE": 4, "Sigmoid": 3}
 """Matrix products of 2 n^2 d flops that a step needs without keeping its tiles: the yardstick of `rate`."""
-SIDE = 2048  # of the square product that measures the machine
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the square product that measures the machine, and must outlast its start
 LONG_ENOUGH = 0.02  # seconds of calls in a turn, so that a clock tick or a page fault does not decide
 SAMPLE = 64  # rows of each side whose gradients are compared with float64
 PATIENCE = 240  # seconds for a process that measures a peak, and for a first step unless told otherwise
@@ -123,14 +125,28 @@ def patience(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def seconds(calls: dict[Any, Callable[[], Any]], turns: int) -> dict[Any, float]:
-    """The best time of each call, which take turns."""
-    best = {name: timed(call) for name, call in calls.items()}
-    for _ in range(turns):
+def seconds(calls: dict[Any, Callable[[], Any]], turns: int) -> tuple[dict[Any, float], dict[Any, str]]:
+    """The best time of each call, which take turns; and of those that failed in theirs, why."""
+    best: dict[Any, float] = {}
+    failed: dict[Any, str] = {}
+    for _ in range(1 + turns):
         for name, call in calls.items():
-            for _ in range(max(1, int(LONG_ENOUGH / best[name]))):
-                best[name] = min(best[name], timed(call))
-    return best
+            if name in failed:
+                continue
+            before = best.get(name, math.inf)
+            try:
+                best[name] = min(before, *(timed(call) for _ in range(max(1, int(LONG_ENOUGH / before)))))
+            except Exception as error:  # as when a neighbour of it has taken the GPU's memory
+                failed[name] = reason(error)
+    return best, failed
+
+
+def reason(error: Exception) -> str:
+    """Why a contender cannot run: its error's first line, or the line that raised where it says nothing."""
+    words = str(error).strip().splitlines()
+    if not words:
+        words = [traceback.extract_tb(error.__traceback__)[-1].line or ""]
+    return f"{type(error).__name__}: {words[0]}"[:100]
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -158,8 +174,9 @@ def product_rates(device: str) -> dict[str, float]:
     """Matrix products per second of what this machine has, in flops: the best of several."""
     import torch
 
-    flops = 2 * SIDE**3
-    square = torch.randn(SIDE, SIDE, device=device)
+    side = SIDE[device.partition(":")[0]]
+    flops = 2 * side**3
+    square = torch.randn(side, side, device=device)
     half = square.bfloat16()
     calls: dict[str, Callable[[], Any]] = {
         "float32, torch": lambda: float((square @ square)[0, 0]),

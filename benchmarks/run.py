@@ -27,7 +27,6 @@ import json
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from measure import (
     patience,
     peaks,
     product_rates,
+    reason,
     seconds,
     truth,
 )
@@ -102,7 +102,7 @@ class Run:
     rates: dict[str, float]
     rows: list[Row] = field(default_factory=list)
     gone: dict[tuple[str, str, str], str] = field(default_factory=dict)
-    keep: Callable[[], None] = lambda: None  # called after each batch
+    keep: Callable[[], None] = lambda: None  # called after each batch and peak
 
     def chosen(self, objective: str) -> list[Contender]:
         """The contenders of an objective that the command names."""
@@ -126,6 +126,7 @@ class Run:
                     continue  # there PyTorch's allocator is asked, which does not know JAX's
                 for n, count in peaks(contender, dtype, d, self.device, large).items():
                     mine[n].peak = count
+                self.keep()
 
     def measure(self, objective: str, dtype: str, n: int, d: int, following: int = 0) -> list[Row]:
         """A row for each contender that is still there, on one batch; following: rows of the next one."""
@@ -152,16 +153,21 @@ class Run:
                 step.forward()
             except Exception as error:  # a guest may fail in any way
                 steps.pop(contender.name, None)
-                row.reason, self.gone[key] = _reason(error), ""  # said once
+                row.reason, self.gone[key] = reason(error), ""  # said once
                 continue
         calls = {(name, what): getattr(step, what) for name, step in steps.items() for what in ("forward", "both")}
-        best = seconds(calls, self.options.turns)
+        best, failed = seconds(calls, self.options.turns)
+        for (name, _), why in failed.items():
+            steps.pop(name, None)
+            self.gone[name, objective, dtype] = ""
+            for row in rows:
+                row.reason = why if row.contender == name else row.reason
         limit = self.options.seconds
         for row in rows:
             if row.contender in steps:
                 row.forward, row.step = best[row.contender, "forward"], best[row.contender, "both"]
                 row.rate = PRODUCTS[objective] * 2 * n * n * d / row.step / self.fastest(dtype)
-                if (DENSE, "both") in best:
+                if DENSE in steps:
                     row.of_dense = row.step / best[DENSE, "both"]
                     row.forward_of_dense = row.forward / best[DENSE, "forward"]
                 if row.kind == "peer" and row.step * (following / n) ** 2 > limit:
@@ -257,14 +263,6 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _reason(error: Exception) -> str:
-    """Why a contender cannot run: its error's first line, or the line that raised where it says nothing."""
-    words = str(error).strip().splitlines()
-    if not words:
-        words = [traceback.extract_tb(error.__traceback__)[-1].line or ""]
-    return f"{type(error).__name__}: {words[0]}"[:100]
-
-
 def plot(every: list[Row], path: Path) -> None:
     """Time and memory over n, and time over d, of the symmetric loss in float32."""
     import matplotlib
@@ -354,13 +352,17 @@ def main() -> None:
     if options.results:
         run.keep = keep
     sizes = CPU_SIZES if device == "cpu" else GPU_SIZES
-    for (objective, dtype), default in sizes.items():
-        if objective in options.objectives and dtype in options.dtypes:
-            run.grow(objective, dtype, options.n or default, options.dim)
-    if options.widths and "InfoNCE" in options.objectives and "float32" in options.dtypes:
-        for d in options.widths:
-            for row in run.measure("InfoNCE", "float32", AT[device[:4]], d):
-                row.over_d = True
+    cut = False
+    try:
+        for (objective, dtype), default in sizes.items():
+            if objective in options.objectives and dtype in options.dtypes:
+                run.grow(objective, dtype, options.n or default, options.dim)
+        if options.widths and "InfoNCE" in options.objectives and "float32" in options.dtypes:
+            for d in options.widths:
+                for row in run.measure("InfoNCE", "float32", AT[device[:4]], d):
+                    row.over_d = True
+    except KeyboardInterrupt:  # what was measured until then is shown and kept
+        cut = True
     again = product_rates(device)  # a neighbour may have slowed the first look
     before = {dtype: run.fastest(dtype) for dtype in {row.dtype for row in run.rows}}
     run.rates = {name: max(rate, again[name]) for name, rate in run.rates.items()}
@@ -375,6 +377,8 @@ def main() -> None:
             plot(run.rows, options.results / f"{name}.png")
         else:
             print("No plot was made: pip install matplotlib")
+    if cut:
+        raise SystemExit("Interrupted: these are the figures until then; no page was touched.")
     if options.docs:
         if options.results:
             shown = os.path.relpath(options.results / f"{name}.png", options.docs.parent)

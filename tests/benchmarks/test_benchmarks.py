@@ -47,7 +47,7 @@ def test_who_cannot_run_has_one_row_with_the_reason(run, monkeypatch):
 def test_a_slow_peer_is_left_out_of_larger_batches_and_the_table_says_so(run, monkeypatch):
     step = importlib.import_module("contenders").Step
     monkeypatch.setattr(run, "errors", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(run, "seconds", lambda calls, turns: dict.fromkeys(calls, 3.0))
+    monkeypatch.setattr(run, "seconds", lambda calls, turns: (dict.fromkeys(calls, 3.0), {}))
     slow = run.Contender("a peer", "InfoNCE", "peer", lambda batch: step(lambda: 0.0, lambda: 0.0, list))
     monkeypatch.setattr(run, "CONTENDERS", [slow])
     here = asked(run)
@@ -55,6 +55,39 @@ def test_a_slow_peer_is_left_out_of_larger_batches_and_the_table_says_so(run, mo
     here.measure("InfoNCE", "float32", 16, 4)
     assert here.rows[0].step is not None
     assert here.rows[1].reason == "3 s a step at n = 8: this one would take longer than --seconds 8"
+
+
+def test_who_fails_in_a_later_turn_has_a_reason_and_the_others_have_their_turns(run, monkeypatch):
+    step = importlib.import_module("contenders").Step
+    monkeypatch.setattr(run, "errors", lambda *_: (0.0, 0.0))
+    left = [0.0]
+    calls = {"dense torch": left.pop, "a peer": lambda: 0.0}
+    contenders = [
+        run.Contender(name, "InfoNCE", "dense", lambda batch, both=both: step(lambda: 0.0, both, list))
+        for name, both in calls.items()
+    ]
+    monkeypatch.setattr(run, "CONTENDERS", contenders)
+    rows = asked(run).measure("InfoNCE", "float32", 8, 4)
+    assert [row.reason for row in rows] == ["IndexError: pop from empty list", ""]
+    assert [row.step is None for row in rows] == [True, False]
+
+
+def test_figures_until_an_interruption_are_shown_and_kept(run, monkeypatch, tmp_path, capsys):
+    def interrupted(self, *_):
+        self.rows.append(run.Row("a peer", "peer", "InfoNCE", "float32", 8, 512, forward=1.0, step=2.0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "grow", interrupted)
+    monkeypatch.setattr(run, "product_rates", lambda device: {"float32, torch": 1e9})
+    monkeypatch.setattr(run, "plot", lambda *_: None)
+    page = tmp_path / "page.md"
+    words = ["run.py", "--device", "cpu", "--results", str(tmp_path), "--docs", str(page)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="Interrupted"):
+        run.main()
+    assert "| a peer | 8 |" in capsys.readouterr().out
+    assert '"contender": "a peer"' in (tmp_path / "cpu.json").read_text()
+    assert not page.exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no alarm")
