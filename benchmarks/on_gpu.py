@@ -36,7 +36,7 @@ FOLDERS = [".", "conformance", *(f"backends/nibs-{name}" for name in ("numpy", "
 PLUGINS = "nibs_numpy.plugin,nibs_torch.plugin,nibs_jax.plugin,nibs_cupy.plugin"
 SUITE = "-m pytest -q -p nibs_conformance.plugin --pyargs nibs_conformance"
 TINY = "--device cpu --n 48 --d 16 --rows 24 --copies 2 --repeats 1"
-WORTH = 15  # seconds: with less left, nothing is begun
+WORTH = 0.5  # of a part's seconds: with less left, it would be cut off for little, and is for another call
 GRACE = 10  # seconds in which an interrupted part may write down what it has
 
 
@@ -88,7 +88,7 @@ PARTS = [
     ),
     Part(
         "peers",
-        300,
+        500,
         "benchmarks/run.py --device cuda --turns 2 --patience 60 --results {folder}",
         "benchmarks/run.py --device cpu --n 48 --widths --turns 1 --no-memory --dtypes float32 --results {folder}",
         environment=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),),
@@ -182,17 +182,22 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + 60 * asked.minutes
     record = results / "parts.json"
     found = json.loads(record.read_text()) if record.is_file() else {}
-    todo = list(chosen)
-    while todo and until - time.monotonic() > WORTH:
-        part = todo.pop(0)
-        print(f"{part.name}: at most {part.seconds} s", flush=True)
-        found[part.name] = run(part, results, min(part.seconds, until - time.monotonic() - GRACE), dry=asked.dry)
+    later = []
+    for part in chosen:
+        left = until - time.monotonic() - GRACE
+        if left < WORTH * part.seconds:
+            later.append(part)
+            continue
+        limit = min(part.seconds, left)
+        print(f"{part.name}: at most {limit:.0f} s", flush=True)
+        found[part.name] = run(part, results, limit, dry=asked.dry)
         record.write_text(json.dumps(found, indent=1) + "\n")
         outcome, taken = found[part.name]["outcome"], found[part.name]["seconds"]
         print(f"{part.name}: {outcome}, {taken} s", *found[part.name]["last words"], sep="\n    ", flush=True)
-    if todo:
-        print(f"no time left; to go on: python benchmarks/on_gpu.py {' '.join(part.name for part in todo)}")
-    done = [part for part in chosen if part not in todo and found[part.name]["outcome"] == "done"]
+    if later:
+        words = ["python", "benchmarks/on_gpu.py", *(part.name for part in later), "--results", str(asked.results)]
+        print(f"no time left; to go on: {shlex.join(words)}")
+    done = [part for part in chosen if part not in later and found[part.name]["outcome"] == "done"]
     return 0 if len(done) == len(chosen) else 1
 
 

@@ -39,7 +39,14 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_their_turn(on_gpu, tmp_pat
 
 def test_what_no_time_is_left_for_is_named_and_can_be_asked_for(on_gpu, tmp_path, capsys):
     assert on_gpu.main(["works", "waits", "--minutes", "0", "--results", str(tmp_path)]) == 1
-    assert capsys.readouterr().out == "no time left; to go on: python benchmarks/on_gpu.py works waits\n"
+    said = f"no time left; to go on: python benchmarks/on_gpu.py works waits --results {tmp_path}\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_part_that_would_be_cut_off_is_left_for_another_call_and_a_short_one_is_run(on_gpu, tmp_path, capsys):
+    assert on_gpu.main(["waits", "hangs", "--minutes", "0.5", "--results", str(tmp_path)]) == 1
+    assert set(json.loads((tmp_path / "parts.json").read_text())) == {"hangs"}
+    assert "to go on: python benchmarks/on_gpu.py waits" in capsys.readouterr().out
 
 
 def test_the_record_keeps_parts_of_earlier_calls(on_gpu, tmp_path):
