@@ -10,7 +10,8 @@ processors with tiles for bfloat16 (AMX) it is six times as fast as float32, and
 among what PyTorch has loaded, then looked at. Builds for ARM have none, on Windows it does not show, others may link
 theirs otherwise: there bfloat16 rows take float32 products, as they do on any processor without tiles.
 
-What is not a bfloat16 value must not enter such a product: rows times a scale are none, so the scale is its alpha.
+What is not a bfloat16 value must not enter such a product: rows times a scale are none, so the scale multiplies what
+comes out, or is its alpha. The two differ in the last bits, for a wide sum is made of parts and alpha multiplies each.
 Gradient weights are rounded for it, as they may be. Numbers below 1.2e-38 count as zero, in factors and in sums: so
 they do in PyTorch's own bfloat16 products on these processors.
 """

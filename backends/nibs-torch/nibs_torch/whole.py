@@ -40,7 +40,7 @@ from nibs_torch.tiles import HEAD, LOW, STRIP, logarithms
 __all__ = ["whole"]
 
 FEW = 1 << 16  # pairs: 256 by 256
-TINY = 1e-20  # a smaller scale, zero too, would take the digits of its own gradient with it
+TINY = 1e-6  # a smaller scale, zero too, could take the digits of its own gradient with it, of small rows first
 
 
 class Found(NamedTuple):

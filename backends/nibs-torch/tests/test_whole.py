@@ -164,6 +164,17 @@ def test_a_loss_of_nothing_has_no_sign(monkeypatch, objective, way):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("scale", [1e-5, 1e-12, 1e-19])
+def test_a_tiny_scale_of_tiny_rows_has_its_gradient(objective, scale):
+    queries, keys = (rows * 1e-12 for rows in inputs(torch.float32))
+    _, found = nibs.contrastive_loss_and_grad(queries, keys, scale=torch.tensor(scale), objective=objective)
+    exact = torch.tensor(scale).double()
+    _, right = nibs.contrastive_loss_and_grad(queries.double(), keys.double(), scale=exact, objective=objective)
+    largest = (queries.double() @ keys.double().T).abs().max()
+    assert abs(found.scale - right.scale) < 8 * 2**-23 * largest
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_another_device_by_default_changes_nothing(objective):
     queries, keys = inputs()
     expected = whole(asked(queries, keys, objective=objective), grad=True)
