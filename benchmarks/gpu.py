@@ -30,6 +30,7 @@ import importlib
 import json
 import math
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -705,7 +706,7 @@ def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> Non
         "machine": where.describe(),
         "python": platform.python_version(),
         "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
         "verdicts": verdicts({part: rows}),

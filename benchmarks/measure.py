@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def machine(device: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
-        "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
     }
     for name in VERSIONS:
         try:

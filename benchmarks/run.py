@@ -218,9 +218,14 @@ def _growth(rows: list[Row], across: str) -> list[str]:
     lines = [f"| {across} | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
     for size in sorted({getattr(row, across) for row in found}):
         at = {row.contender: row for row in found if getattr(row, across) == size}
-        cells = [f"{at[name].step:.3g} ({_ratio(at[name].of_dense)})" if name in at else "" for name in names]
+        cells = [_beside_dense(at[name]) if name in at else "" for name in names]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _beside_dense(row: Row) -> str:
+    """Seconds of a step, and what share of the dense loss's that is, where that one was there."""
+    return f"{row.step:.3g}" + (f" ({row.of_dense:.2f})" if row.of_dense is not None else "")
 
 
 def _largest(rows: list[Row]) -> list[str]:
