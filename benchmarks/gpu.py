@@ -394,6 +394,7 @@ class Run:
         where, n = self.where, len(inputs[0])
         if name == "dense torch" and where.gpu and DENSE_BYTES * n * n > torch.cuda.mem_get_info()[0]:
             return {"failed": f"needs {DENSE_BYTES * n * n} bytes"}
+        row: dict[str, Any] = {}
         try:
             loss = make(objective, where)
             found = errors(step(loss, inputs), inputs, right)
@@ -401,7 +402,7 @@ class Run:
             for one in inputs:
                 one.grad = None
             beyond = where.peak(lambda: step(loss, inputs)) - held
-            row: dict[str, Any] = {"error": found, "right": is_right(found), "beyond_bytes": beyond}
+            row.update(error=found, right=is_right(found), beyond_bytes=beyond)
             whole = 4 * inputs[0].numel()
             gradients = sum(one.numel() * one.element_size() for one in inputs)
             row.update(copies=beyond / whole, copies_beyond_inputs=(beyond + gradients) / whole)
@@ -415,7 +416,7 @@ class Run:
             return row
         except Exception as error:  # a peer may fail in its own way, and the others still want their turn
             said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-            return {"failed": f"{type(error).__name__}: {said}"[:300]}
+            return {**row, "failed": f"{type(error).__name__}: {said}"[:300]}
         finally:
             for one in inputs:
                 one.grad = None

@@ -69,7 +69,7 @@ PARTS = [
     torch_part("speed", 240, "speed"),
     cupy_part("cupy-speed", 200, "check speed"),
     torch_part("large", 240, "large"),
-    torch_part("tune", 120, "tune"),
+    torch_part("tune", 180, "tune"),
     torch_part("speed-tuned", 200, "speed"),
     torch_part("ring", 120, "ring"),
     Part(

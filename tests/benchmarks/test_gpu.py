@@ -117,6 +117,18 @@ def test_a_peer_that_breaks_the_device_is_named(gpu, monkeypatch, tmp_path):
     ]
 
 
+def test_a_profile_that_fails_loses_no_time(gpu, monkeypatch, tmp_path):
+    def forbidden(*_):
+        raise RuntimeError("no counters for you")
+
+    monkeypatch.setattr(gpu, "profile", forbidden)
+    gpu.main([*SMALL, "--parts", "speed", "--only", "nibs", "--output", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["speed"]["rows"]
+    mine = [row for row in rows if row["contender"] == "nibs"]
+    assert [row["failed"] for row in mine] == ["RuntimeError: no counters for you"] * 2
+    assert all(row["median_ms"] > 0 for row in mine)
+
+
 def test_contenders_can_be_named(gpu, tmp_path):
     gpu.main([*SMALL, "--parts", "speed", "--only", "plain", "--output", str(tmp_path / "gpu.json")])
     rows = json.loads((tmp_path / "gpu.json").read_text())["speed"]["rows"]
