@@ -45,6 +45,7 @@ import torch
 
 import nibs
 from nibs.ring import Ring
+from nibs_torch.kernels.tuning import cache_path
 
 SCALE = 14.3
 BIAS = -10.0
@@ -707,6 +708,7 @@ def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> Non
         "machine": where.describe(),
         "python": platform.python_version(),
         "versions": versions(),
+        "tuned": cache_path().is_file(),  # else tiles are the table's first choices
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
         "rows": rows,

@@ -76,6 +76,15 @@ def test_what_is_asked_of_a_gpu_stands_beside_what_was_found(gpu):
     }
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_report_says_whether_tiles_were_tuned(gpu, monkeypatch, tmp_path, tuned):
+    monkeypatch.setenv("NIBS_TUNING", str(tmp_path / "tuning.json"))
+    if tuned:
+        (tmp_path / "tuning.json").write_text("{}")
+    gpu.keep(tmp_path / "gpu.json", "speed", [], gpu.Where("cpu"))
+    assert json.loads((tmp_path / "gpu.json").read_text())["speed"]["tuned"] == tuned
+
+
 def test_a_loss_that_is_wrong_fails_the_run(gpu, monkeypatch):
     def wrong(objective, where, **options):
         right = gpu.ours(objective, where, **options)
