@@ -34,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [".", "conformance", *(f"backends/nibs-{name}" for name in ("numpy", "torch", "jax", "cupy")), "out/peers"]
 PLUGINS = "nibs_numpy.plugin,nibs_torch.plugin,nibs_jax.plugin,nibs_cupy.plugin"
+VECTORS = "backends/nibs-cupy/nibs_cupy/kernels/vectors"
 SUITE = "-m pytest -q -p nibs_conformance.plugin --pyargs nibs_conformance"
 TINY = "--device cpu --n 48 --d 16 --rows 24 --copies 2 --repeats 1"
 WORTH = 0.5  # of a part's seconds: with less left, it would be cut off for little, and is for another call
@@ -42,13 +43,16 @@ GRACE = 10  # seconds in which an interrupted part may write down what it has
 
 @dataclass(frozen=True)
 class Part:
-    """arguments: of Python; {out} is its JSON. dry: the same without a GPU. leaves: a file that it writes elsewhere."""
+    """arguments: of Python; {out} is its JSON. dry: the same without a GPU.
+
+    leaves: files that it writes elsewhere (a pattern), and what they are called among the results.
+    """
 
     name: str
     seconds: int
     arguments: str
     dry: str
-    leaves: str = ""
+    leaves: tuple[tuple[str, str], ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -59,9 +63,10 @@ def torch_part(name: str, seconds: int, parts: str) -> Part:
 
 
 def cupy_part(name: str, seconds: int, steps: str) -> Part:
-    """Of benchmarks/gpu_cupy.py, whose file has a fixed place."""
+    """Of benchmarks/gpu_cupy.py, whose files have fixed places."""
     command = f"benchmarks/gpu_cupy.py {steps}"
-    return Part(name, seconds, command, f"{command} --dry", leaves="out/gpu-cupy.json")
+    leaves = (("out/gpu-cupy.json", f"{name}.json"), (f"{VECTORS}/*.npz", "vectors/{name}"))
+    return Part(name, seconds, command, f"{command} --dry", leaves)
 
 
 PARTS = [
@@ -116,7 +121,7 @@ def command(part: Part, results: Path, *, dry: bool) -> list[str]:
 def run(part: Part, results: Path, limit: float, *, dry: bool) -> dict[str, object]:
     """The part, as long as it may take; what came of it."""
     words = command(part, results, dry=dry)
-    begun = time.monotonic()
+    begun, since = time.monotonic(), time.time() - 1  # clocks of files are coarse
     with (results / f"{part.name}.log").open("w") as log:
         process = subprocess.Popen(
             words,
@@ -133,9 +138,12 @@ def run(part: Part, results: Path, limit: float, *, dry: bool) -> dict[str, obje
             outcome = f"cut off after {limit:.0f} s"
         finally:
             end(process)
-    left = ROOT / part.leaves
-    if part.leaves and left.is_file() and left.stat().st_mtime >= time.time() - (time.monotonic() - begun) - 1:
-        shutil.copy(left, results / f"{part.name}.json")
+    for pattern, name in part.leaves:
+        for left in ROOT.glob(pattern):
+            if left.stat().st_mtime >= since:
+                kept = results / name.format(name=left.name)
+                kept.parent.mkdir(exist_ok=True)
+                shutil.copy(left, kept)
     printed = (results / f"{part.name}.log").read_text(errors="replace").strip().splitlines()
     return {
         "part": part.name,

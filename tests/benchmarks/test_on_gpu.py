@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_a_part_that_would_be_cut_off_is_left_for_another_call_and_a_short_one_i
     assert on_gpu.main(["waits", "hangs", "--minutes", "0.5", "--results", str(tmp_path)]) == 1
     assert set(json.loads((tmp_path / "parts.json").read_text())) == {"hangs"}
     assert "to go on: python benchmarks/on_gpu.py waits" in capsys.readouterr().out
+
+
+def test_what_a_part_leaves_elsewhere_is_kept_too_and_nothing_older(on_gpu, monkeypatch, tmp_path):
+    (tmp_path / "old.npz").write_text("40")
+    os.utime(tmp_path / "old.npz", (1, 1))
+    leaves = (("*.npz", "vectors/{name}"), ("no.json", "leaves.json"))
+    part = on_gpu.Part("leaves", 60, """-c 'open("new.npz", "w").write("45")'""", "", leaves)
+    monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(on_gpu, "PARTS", [part])
+    assert on_gpu.main(["--results", str(tmp_path / "results")]) == 0
+    assert [(one.name, one.read_text()) for one in (tmp_path / "results/vectors").iterdir()] == [("new.npz", "45")]
 
 
 def test_the_record_keeps_parts_of_earlier_calls(on_gpu, tmp_path):
