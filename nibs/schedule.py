@@ -617,6 +617,7 @@ class Call:
                         found = None if kept is None else kept.pop((i.start, j.start))
                         tile = self._tile(i, keys, j, home)
                         self._gradient_tile(tile, mine, theirs, i, j, found, into, onto, count=first)
+                        del tile, found  # a tile goes before the next one comes
                     self._close_strip(outer, into, onto, by_columns=by_column)
 
         self._visit_all(mine, sinks, visit)

@@ -72,20 +72,21 @@ def test_nothing_in_loss_and_grad_waits_for_the_device(name: str, monkeypatch: p
         assert grads.queries.dtype == torch.bfloat16
 
 
-BUDGETS: dict[str, tuple[int, int, str | None]] = {
-    "large": (65_536, 768, None),
-    "cut off": (16_400, 768, None),
-    "kept": (4096, 768, None),
-    "by a budget": (1536, 64, "2MiB"),
+BUDGETS: dict[str, tuple[int, int, str | None, torch.dtype]] = {
+    "large": (65_536, 768, None, torch.bfloat16),
+    "cut off": (16_400, 768, None, torch.bfloat16),
+    "kept": (4096, 768, None, torch.bfloat16),
+    "by a budget": (1536, 64, "2MiB", torch.bfloat16),
+    "rounded to tf32": (9000, 2048, "64MiB", torch.float32),
 }
 
 
 @pytest.mark.parametrize(
     "name", ["symmetric", "one way", "smoothing", "masks", "same id excluded", "same id positive", "sigmoid"]
 )
-@pytest.mark.parametrize("n, d, memory", list(BUDGETS.values()), ids=list(BUDGETS))
+@pytest.mark.parametrize("n, d, memory, dtype", list(BUDGETS.values()), ids=list(BUDGETS))
 def test_a_call_holds_no_more_than_its_plan_says(
-    n: int, d: int, memory: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+    n: int, d: int, memory: str | None, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Any] = []
     real = backend.Call
@@ -98,9 +99,9 @@ def test_a_call_holds_no_more_than_its_plan_says(
     monkeypatch.setattr(sys.modules[__name__], "N", n)
     monkeypatch.setattr(sys.modules[__name__], "M", n)
     with held(CARDS["sm_90"], monkeypatch) as seen, torch.no_grad():
-        sides, options = (rows(n, d=d), rows(n, d=d)), CALLS[name]()
+        sides, options = (rows(n, dtype, d), rows(n, dtype, d)), CALLS[name]()
         before = seen.now()
-        nibs.contrastive_loss_and_grad(*sides, **options, **({} if memory is None else {"memory": memory}))
+        nibs.contrastive_loss_and_grad(*sides, **options, memory=memory, precision="high")
         gradients = sum(one.nbytes for one in sides)
     (plan,) = plans
     assert seen.peak - before - gradients <= plan.memory
