@@ -246,17 +246,18 @@ def test_a_call_leaves_nothing_to_the_garbage_collector(host, serve):
     serve(host)
     values = rows(np.random.default_rng(0), 100, 8, np.float32)
 
-    def call() -> None:
-        nibs.contrastive_loss_and_grad(values, values, objective=nibs.Sigmoid(), backend="cupy-on-host")
+    def left_by_a_call() -> int:
+        gc.collect()
+        gc.disable()
+        try:
+            nibs.contrastive_loss_and_grad(values, values, objective=nibs.Sigmoid(), backend="cupy-on-host")
+            return gc.collect()
+        finally:
+            gc.enable()
 
-    call()
-    gc.collect()
-    gc.disable()
-    try:
-        call()
-        assert gc.collect() == 0
-    finally:
-        gc.enable()
+    left_by_a_call()
+    # What every call leaves. Other threads of the process, those of a test runner too, may leave something once.
+    assert min(left_by_a_call() for _ in range(3)) == 0
 
 
 def test_the_plan_names_the_kernel(host, serve):
