@@ -60,8 +60,6 @@ def group(name: str) -> list[str]:
     return nox.project.dependency_groups(PYPROJECT, name)
 
 
-# The tests of a run, by two processes, those of a file by one: a file shares what it compiles, opens and keeps.
-IN_TWO = ["-n", "2", "--dist", "loadfile"]
 # For two processes on two cores: threads of theirs that wait for one another do so busily. The suite has all threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -177,8 +175,7 @@ def tests(session: nox.Session) -> None:
     files = [part for file in sorted(ROOT.glob("examples/requirements*.txt")) for part in ("-r", str(file))]
     install(session, *group("tests"), *files, editable=[".[cli]", *DISTRIBUTIONS[1:]])
     # Wide enough for the slowest test on a slow machine; a hang ends there and says where.
-    arguments = ["--timeout=300", "--ignore=tests/integrations", *IN_TWO, *session.posargs]
-    session.run("python", "-m", "pytest", *arguments, env=ONE_THREAD)
+    session.run("python", "-m", "pytest", "--timeout=300", "--ignore=tests/integrations", *session.posargs)
 
 
 @nox.session
