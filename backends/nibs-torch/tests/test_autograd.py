@@ -174,7 +174,6 @@ def test_vmap_is_a_batch_of_losses():
     assert_close(per_sample, torch.stack([torch.func.grad(loss)(one) for one in batch]))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_tangent_is_refused_by_name_and_not_dropped(trained):
     queries, keys, _ = (leaf.detach().requires_grad_(trained) for leaf in leaves())
@@ -185,7 +184,6 @@ def test_a_tangent_is_refused_by_name_and_not_dropped(trained):
             nibs.contrastive_loss(dual, keys)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
 def test_forward_mode_is_refused_by_name():
     queries, keys, _ = leaves()
     with pytest.raises(Unsupported, match="no forward-mode derivative"):

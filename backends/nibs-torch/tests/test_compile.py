@@ -52,7 +52,6 @@ def test_a_compiled_loss_has_the_eager_value_and_gradients(function):
     assert_close(DERIVED(found, inputs), DERIVED(eager, inputs))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_runs_it():
     inputs = leaves()

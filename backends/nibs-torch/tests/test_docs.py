@@ -10,7 +10,6 @@ import pytest
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # PyTorch's own
 @pytest.mark.parametrize(("page", "count"), [("pytorch.md", 9), ("decoupled.md", 1)])
 def test_the_page_runs_from_top_to_bottom(page, count):
     pytest.importorskip("nibs_numpy")
