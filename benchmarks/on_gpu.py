@@ -7,8 +7,11 @@
 
 A part is a command of its own: one that fails, hangs or takes the GPU down with it leaves the others their turn. Its
 figures (PART.json), what it printed (PART.log, written as it is printed) and `parts.json`, rewritten after each, lie in
-`--results`, so that whoever is cut off keeps what was measured. Nothing needs to be installed: the folders of this
-repository are put on the path, and plugins named by NIBS_PLUGINS. Peers lie in out/peers, or are installed:
+`--results`, so that whoever is cut off keeps what was measured. `parts.json` alone holds all figures too: fetch that
+one from a machine that gives few files back; `benchmarks/gpu_tables.py --take` puts it beside what is committed.
+
+Nothing needs to be installed: the folders of this repository are put on the path, and plugins named by NIBS_PLUGINS.
+Peers lie in out/peers, or are installed:
 
     python -m pip install --no-deps --target out/peers inf-cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2 \\
         cut-cross-entropy open_clip_torch
@@ -19,6 +22,8 @@ It ends with 1 if a part failed or was not begun.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -36,6 +41,8 @@ FOLDERS = [".", "conformance", *(f"backends/nibs-{name}" for name in ("numpy", "
 PLUGINS = "nibs_numpy.plugin,nibs_torch.plugin,nibs_jax.plugin,nibs_cupy.plugin"
 VECTORS = "backends/nibs-cupy/nibs_cupy/kernels/vectors"
 SUITE = "-m pytest -q -p nibs_conformance.plugin --pyargs nibs_conformance"
+# Most of the suite's time on a GPU is Triton's compiler, which is one thread's: with pytest-xdist, a dozen of them.
+WORKERS = "-p xdist.plugin -n 12" if importlib.util.find_spec("xdist") else ""
 TINY = "--device cpu --n 48 --d 16 --rows 24 --copies 2 --repeats 1"
 WORTH = 0.5  # of a part's seconds: with less left, it would be cut off for little, and is for another call
 GRACE = 10  # seconds in which an interrupted part may write down what it has
@@ -43,7 +50,7 @@ GRACE = 10  # seconds in which an interrupted part may write down what it has
 
 @dataclass(frozen=True)
 class Part:
-    """arguments: of Python; {out} is its JSON. dry: the same without a GPU.
+    """arguments: of Python; {out} is its JSON, and file that one's name. dry: the same without a GPU.
 
     leaves: files that it writes elsewhere (a pattern), and what they are called among the results.
     """
@@ -54,6 +61,7 @@ class Part:
     dry: str
     leaves: tuple[tuple[str, str], ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    file: str = ""
 
 
 def torch_part(name: str, seconds: int, parts: str) -> Part:
@@ -72,7 +80,7 @@ def cupy_part(name: str, seconds: int, steps: str) -> Part:
 PARTS = [
     torch_part("check", 90, "check"),
     torch_part("speed", 240, "speed"),
-    cupy_part("cupy-speed", 200, "check speed"),
+    cupy_part("cupy-speed", 280, "check speed"),
     torch_part("large", 240, "large"),
     torch_part("tune", 180, "tune"),
     torch_part("speed-tuned", 200, "speed"),
@@ -86,8 +94,8 @@ PARTS = [
     ),
     Part(
         "torch-suite",
-        300,
-        f"{SUITE} --nibs-backend torch --nibs-device cuda --nibs-dtypes float32,bfloat16,float16",
+        570,
+        f"{SUITE} {WORKERS} --nibs-backend torch --nibs-device cuda --nibs-dtypes float32,bfloat16,float16",
         f"{SUITE} --nibs-backend torch --nibs-dtypes float32 --nibs-cases symmetric -k test_loss",
         environment=(("NIBS_TORCH_KERNEL", "triton"),),
     ),
@@ -97,6 +105,7 @@ PARTS = [
         "benchmarks/run.py --device cuda --turns 2 --patience 60 --results {folder}",
         "benchmarks/run.py --device cpu --n 48 --widths --turns 1 --no-memory --dtypes float32 --results {folder}",
         environment=(("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),),
+        file="cuda.json",
     ),
     cupy_part("cupy-kernels", 200, "ceilings kernels"),
     cupy_part("cupy-suite", 400, "record suite"),
@@ -145,14 +154,19 @@ def run(part: Part, results: Path, limit: float, *, dry: bool) -> dict[str, obje
                 kept.parent.mkdir(exist_ok=True)
                 shutil.copy(left, kept)
     printed = (results / f"{part.name}.log").read_text(errors="replace").strip().splitlines()
-    return {
+    record = {
         "part": part.name,
         "outcome": outcome,
         "seconds": round(time.monotonic() - begun, 1),
         "date": date.today().isoformat(),
         "command": shlex.join(words),
-        "last words": printed[-3:],
+        "last words": printed[-3 if outcome == "done" else -30 :],
     }
+    figures = results / (part.file or f"{part.name}.json")
+    if figures.is_file() and figures.stat().st_mtime >= since:
+        with contextlib.suppress(ValueError):  # cut off while it wrote
+            record.update(file=figures.name, figures=json.loads(figures.read_text()))
+    return record
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

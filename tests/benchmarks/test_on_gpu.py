@@ -67,6 +67,20 @@ def test_the_record_keeps_parts_of_earlier_calls(on_gpu, tmp_path):
     assert set(json.loads((tmp_path / "parts.json").read_text())) == {"works", "waits"}
 
 
+def test_the_record_alone_holds_all_figures(on_gpu, tmp_path):
+    assert on_gpu.main(["works", "waits", "--results", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "parts.json").read_text())
+    assert (record["works"]["file"], record["works"]["figures"]) == ("works.json", 43)
+    assert "figures" not in record["waits"]
+
+
+def test_figures_that_were_cut_off_are_left_out_of_the_record(on_gpu, monkeypatch, tmp_path):
+    part = on_gpu.Part("broken", 60, """-c 'import sys; open(sys.argv[1], "w").write("[4")' {out}""", "")
+    monkeypatch.setattr(on_gpu, "PARTS", [part])
+    assert on_gpu.main(["--results", str(tmp_path)]) == 0
+    assert "figures" not in json.loads((tmp_path / "parts.json").read_text())["broken"]
+
+
 def test_the_list_names_each_part_and_runs_none(on_gpu, tmp_path, capsys):
     assert on_gpu.main(["--list", "--results", str(tmp_path / "none")]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if " s  python" in line] == list(WORDS)
