@@ -42,6 +42,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_tables import of_parts, table, verdicts
+from measure import reason
 
 import nibs
 from nibs.ring import Ring
@@ -53,17 +55,6 @@ SAMPLE = 64  # rows whose gradients are held against float64
 DENSE_BYTES = 3 * 4  # that dense PyTorch holds for each pair, at least
 RANKS = 8
 PARTS = ("tune", "check", "speed", "ring", "large")
-# Milliseconds that are asked of an H200 at 65,536 rows: required, and hoped for.
-ASKED = {
-    ("InfoNCE", 512): (30, 26),
-    ("InfoNCE", 768): (45, 38),
-    ("InfoNCE", 1024): (60, 51),
-    ("Sigmoid", 768): (33, 29),
-}
-FASTER = {"inf-cl": 10.0, "memeff": 1.7, "siglip-kernel": 1.45}  # times as fast as these, in the same run
-WORKSPACE = 512  # MiB, packed copies apart
-COPIES = 5  # float32 copies of the local embeddings, beyond inputs: gradients count
-LARGE = (180, 160)  # seconds for 4,194,304 rows of 768: required, and hoped for
 # Of the largest gradient: a stored bfloat16 is off by 2^-9 of itself, and its weights by as much again.
 GRADIENT = 2.0**-7
 GRAPHS = ("same bits", "needs a GPU")  # what may be said of a replay
@@ -358,7 +349,8 @@ class Run:
             alike = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
             return GRAPHS[0] if alike else "other bits"
         except Exception as error:  # said in its row: the rest of the run does not need it
-            return f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+            return reason(error)
 
     def speed(self) -> Iterator[dict[str, Any]]:
         """Forward and backward of every contender."""
@@ -416,8 +408,8 @@ class Run:
                 row.update(plan_workspace=made.workspace, kernel=made.kernel, products=made.products)
             return row
         except Exception as error:  # a peer may fail in its own way, and the others still want their turn
-            said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-            return {**row, "failed": f"{type(error).__name__}: {said}"[:300]}
+            traceback.print_exc()
+            return {**row, "failed": reason(error)}
         finally:
             for one in inputs:
                 one.grad = None
@@ -526,7 +518,7 @@ class Arrived:
         return self.arrays
 
 
-def profile(where: Where, work: Callable[[], Any], most: int = 8) -> list[dict[str, Any]]:
+def profile(where: Where, work: Callable[[], Any], most: int = 24) -> list[dict[str, Any]]:
     """Where the time of one run goes: kernels by their time on the device, the largest first."""
     kind = torch.profiler.ProfilerActivity.CUDA if where.gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as seen:
@@ -537,63 +529,7 @@ def profile(where: Where, work: Callable[[], Any], most: int = 8) -> list[dict[s
     return [{"name": one.key[:60], "calls": one.count, "ms": getattr(one, name) / 1e3} for one in found]
 
 
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def table(heads: list[str], rows: list[list[Any]]) -> str:
-    """Markdown."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join("| " + " | ".join(shown(cell) for cell in line) + " |" for line in lines)
-
-
-def shown(cell: Any) -> str:
-    """Three digits of a number; nothing for None."""
-    if isinstance(cell, float):
-        return f"{cell:.3g}"
-    return "" if cell is None else str(cell)
-
-
-def tables(parts: dict[str, list[dict[str, Any]]]) -> str:
-    """Every part that ran."""
-    out = []
-    if "tune" in parts:
-        rows = [[one.get("kernel", one.get("failed")), one.get("config"), one.get("ms"), one.get("tflops")]
-                for one in parts["tune"]]  # fmt: skip
-        out.append("Tuning\n\n" + table(["kernel", "config", "ms", "TFLOP/s"], rows))
-    if "check" in parts:
-        names = ("objective", "n", "d", "kernel", "right", "same bits again", "graph", "failed")
-        out.append("Checks\n\n" + table(list(names), [[one.get(name) for name in names] for one in parts["check"]]))
-    if "speed" in parts:
-        out.append(speed_table(parts["speed"]))
-    if "ring" in parts:
-        names = ("objective", "rows", "right", "step_ms", "compute_ms", "exposed_ms", "bytes", "failed")
-        out.append(f"One rank of {RANKS}\n\n"
-                   + table(list(names), [[one.get(name) for name in names] for one in parts["ring"]]))  # fmt: skip
-    if "large" in parts:
-        names = ("n", "d", "right", "seconds", "copies", "loss_error", "gradient_error", "scale_error", "failed")
-        out.append("Large\n\n" + table(list(names), [[one.get(name) for name in names] for one in parts["large"]]))
-    return "\n\n".join(out)
-
-
-def speed_table(rows: list[dict[str, Any]]) -> str:
-    """Times, and how many times as long as nibs in the same run."""
-    lines, profiles = [], []
-    ours_ms = {(one["objective"], one["d"]): one.get("median_ms") for one in rows if one.get("contender") == "nibs"}
-    for one in rows[1:]:
-        objective, d = one.get("objective"), one.get("d")
-        mine, taken = ours_ms.get((objective, d)), one.get("median_ms")
-        times = taken / mine if taken and mine else None
-        error = one.get("error", {})
-        lines.append([one.get("contender"), objective, d, taken, times, one.get("copies"), error.get("loss"),
-                      error.get("queries"), error.get("scale"), one.get("failed")])  # fmt: skip
-        if "kernels" in one:
-            each = [[seen["name"], seen["calls"], seen["ms"]] for seen in one["kernels"]]
-            profiles.append(f"{one['objective']}, d = {one['d']}\n\n" + table(["kernel", "calls", "ms"], each))
-    heads = ["loss", "objective", "d", "ms", "times nibs", "copies", "loss error", "gradient error", "scale error",
-             "failed"]  # fmt: skip
-    product, copy = shown(rows[0]["product_tflops"]), shown(rows[0]["copy_tb_s"])
-    ceilings = f"The library's product here: {product} TFLOP/s; a copy: {copy} TB/s."
-    return "\n\n".join([f"Forward and backward\n\n{ceilings}\n\n" + table(heads, lines), *profiles])
+# -- the report ----------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -630,11 +566,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
             if options.output:
-                keep(options.output, name, rows, run.where)
-    print(tables({name: rows for name, rows in found.items() if "failed" not in rows[0]}))
-    for name, rows in found.items():
-        if "failed" in rows[0]:
-            print(f"\n{name}: {rows[0]['failed']}")
+                keep(options.output, name, report_of(name, rows, run.where))
+    print("\n\n".join(of_parts({name: report_of(name, rows, run.where) for name, rows in found.items()})))
     judged = verdicts(found)
     if judged:
         heads = ["what", "found", "required", "goal", "verdict"]
@@ -657,54 +590,13 @@ def of_part(run: Run, name: str) -> Iterator[dict[str, Any]]:
     try:
         yield from getattr(run, name)()
     except Exception as error:  # what was measured before it is kept, and other parts want their turn
-        yield {"failed": f"{type(error).__name__}: {error}"}
+        traceback.print_exc()
+        yield {"failed": reason(error)}
 
 
-def verdicts(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What is asked of one GPU, with what was found there; at the sizes that were asked for alone."""
-    rows = [row for row in found.get("speed", []) if row.get("n") == 65_536]
-    mine = {(row["objective"], row["d"]): row for row in rows if row["contender"] == "nibs"}
-    judged = []
-    for row in rows:
-        about = f"{row['objective']}, d = {row['d']}"
-        if row["contender"] == "nibs":
-            required, goal = ASKED.get((row["objective"], row["d"]), (None, None))
-            if required is not None:
-                judged.append(verdict(f"{about}: ms", row.get("median_ms"), required, goal, row))
-            bytes_held = row.get("plan_workspace")
-            judged.append(verdict(f"{about}: workspace MiB", bytes_held and bytes_held / 2**20, WORKSPACE, None, row))
-            judged.append(verdict(f"{about}: float32 copies", row.get("copies_beyond_inputs"), COPIES, None, row))
-        elif row["contender"] in FASTER:
-            beside = mine.get((row["objective"], row["d"]), {})
-            times = [one.get("median_ms") for one in (row, beside)]
-            ratio = None if None in times else times[0] / times[1]
-            what = f"{about}: times as fast as {row['contender']}"
-            judged.append(verdict(what, ratio, FASTER[row["contender"]], None, row, more=True))
-    for row in found.get("large", []):
-        if row.get("n", 4_194_304) == 4_194_304:
-            judged.append(verdict("4,194,304 rows of 768: seconds", row.get("seconds"), *LARGE, row))
-    return judged
-
-
-def verdict(
-    what: str, found: float | None, required: float, goal: float | None, row: dict[str, Any], *, more: bool = False
-) -> dict[str, Any]:
-    """One line. more: as much as is asked is enough; else it is too much. A time that is not right is none."""
-    if found is None:
-        said = f"not measured: {row.get('failed', '')}"
-    elif row.get("right") is False and not more:
-        said = "wrong"
-    elif found < required if more else found > required:
-        said = f"missed by {abs(found / required - 1):.0%}"
-    else:
-        said = "met" if goal is None or found > goal else "goal met"
-    return {"what": what, "found": found, "required": required, "goal": goal, "verdict": said}
-
-
-def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> None:
-    """One part into the file, beside those that other runs left there."""
-    report = json.loads(path.read_text()) if path.is_file() else {}
-    report[part] = {
+def report_of(part: str, rows: list[dict[str, Any]], where: Where) -> dict[str, Any]:
+    """What was found, with machine, versions, command and date."""
+    return {
         "machine": where.describe(),
         "python": platform.python_version(),
         "versions": versions(),
@@ -714,8 +606,14 @@ def keep(path: Path, part: str, rows: list[dict[str, Any]], where: Where) -> Non
         "rows": rows,
         "verdicts": verdicts({part: rows}),
     }
+
+
+def keep(path: Path, part: str, report: dict[str, Any]) -> None:
+    """One part into the file, beside those that other runs left there."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    found[part] = report
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The CUDA kernels of nibs-cupy on a GPU, in the order in which answers are worth having. Never yet run on a GPU.
+"""The CUDA kernels of nibs-cupy on a GPU, in the order in which answers are worth having.
 
     export PYTHONPATH=.:backends/nibs-cupy:conformance
     python benchmarks/gpu_cupy.py            # all of it, 570 seconds at most
@@ -25,6 +25,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,7 @@ class Bench:
             versions = {"cupy": self.xp.__version__, "cuda": runtime.runtimeGetVersion()}
             machine = {"machine": name, "versions": {**versions, "driver": runtime.driverGetVersion()}}
         about = {**machine, "python": platform.python_version(), "date": datetime.date.today().isoformat()}
+        about["command"] = shlex.join(["python", *sys.argv])
         folder = Path(tempfile.mkdtemp()) if self.dry else Path("out")
         folder.mkdir(exist_ok=True)
         (folder / "gpu-cupy.json").write_text(json.dumps({**about, "found": self.found}, indent=1))

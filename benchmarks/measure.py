@@ -143,11 +143,11 @@ def seconds(calls: dict[Any, Callable[[], Any]], turns: int) -> tuple[dict[Any, 
 
 
 def reason(error: Exception) -> str:
-    """Why a contender cannot run: its error's first line, or the line that raised where it says nothing."""
+    """Why a contender cannot run: its error's first sentence, or the line that raised where it says nothing."""
     words = str(error).strip().splitlines()
     if not words:
         words = [traceback.extract_tb(error.__traceback__)[-1].line or ""]
-    return f"{type(error).__name__}: {words[0]}"[:100]
+    return f"{type(error).__name__}: {words[0].partition('. ')[0]}"[:100]
 
 
 def timed(call: Callable[[], Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import signal
 from pathlib import Path
 
@@ -114,6 +115,14 @@ def test_the_table_says_who_is_missing_and_what_a_reader_must_know(run, monkeypa
     assert "| a peer | 8 | 30 | 1 | 2 |" in text
     assert "| a peer | 16 | 2 s a step at n = 8 |" in text
     assert "a peer: no gradient of the scale." in text
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-one-thread"])
+def test_the_page_shows_the_figures_that_are_committed(run, name):
+    found = json.loads((FOLDER / f"results/{name}.json").read_text())
+    rows = [run.Row(**row) for row in found["rows"]]
+    page = (FOLDER.parent / "docs/performance.md").read_text()
+    assert run.tables(rows, found["products per second"], found["machine"]) in page
 
 
 def test_tables_replace_those_between_the_marks_of_a_page(run, tmp_path):

@@ -29,7 +29,7 @@ def test_every_part_runs_is_right_and_is_kept(gpu, tmp_path, capsys):
     mine = [row for row in rows if row.get("contender", "nibs") in ("nibs", "nibs plain")]
     assert len(mine) == 9
     assert all(row.get("right", True) and "failed" not in row for row in mine)
-    assert "| nibs | InfoNCE | 16 |" in capsys.readouterr().out
+    assert "| InfoNCE | 48 | 16 |" in capsys.readouterr().out
 
 
 def test_a_peer_that_cannot_run_is_a_row_with_its_reason(gpu, monkeypatch, tmp_path):
@@ -76,13 +76,22 @@ def test_what_is_asked_of_a_gpu_stands_beside_what_was_found(gpu):
     }
 
 
+def test_a_reason_is_its_first_sentence(gpu, monkeypatch, tmp_path):
+    def broken(objective, where):
+        raise MemoryError("CUDA out of memory. Tried to allocate 16.00 GiB. GPU 0 has a total capacity of 79.18 GiB.")
+
+    monkeypatch.setattr(gpu, "CONTENDERS", {name: {"a peer": broken} for name in gpu.OBJECTIVES})
+    gpu.main([*SMALL, "--parts", "speed", "--output", str(tmp_path / "gpu.json")])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["speed"]["rows"]
+    assert {row["failed"] for row in rows[1:]} == {"MemoryError: CUDA out of memory"}
+
+
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_report_says_whether_tiles_were_tuned(gpu, monkeypatch, tmp_path, tuned):
     monkeypatch.setenv("NIBS_TUNING", str(tmp_path / "tuning.json"))
     if tuned:
         (tmp_path / "tuning.json").write_text("{}")
-    gpu.keep(tmp_path / "gpu.json", "speed", [], gpu.Where("cpu"))
-    assert json.loads((tmp_path / "gpu.json").read_text())["speed"]["tuned"] == tuned
+    assert gpu.report_of("speed", [], gpu.Where("cpu"))["tuned"] == tuned
 
 
 def test_a_loss_that_is_wrong_fails_the_run(gpu, monkeypatch):

@@ -4,8 +4,8 @@
     tile_grad     the weights in the dtype of the inputs, then two products with float32 sums
     Sigmoid       one launch for the loss and the weights
 
-Chosen by NIBS_CUPY_KERNELS=ampere or hopper, and not without: no fast kernel has run on a GPU yet. Nothing is kept from
-one verb to the other but Sigmoid's weights: logits are never written, so a softmax recomputes them.
+Chosen by NIBS_CUPY_KERNELS=ampere or hopper, and not without: the suite has not run over them on a GPU yet. Nothing is
+kept from one verb to the other but Sigmoid's weights: logits are never written, so a softmax recomputes them.
 """
 
 from __future__ import annotations
