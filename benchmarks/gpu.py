@@ -9,7 +9,9 @@
     check    bits from run to run, a CUDA graph's replay against the eager step, who computes
     speed    forward and backward of `--n` rows at each `--d`, one contender after the other within one run: first the
              distance of loss and gradients from float64, then memory beyond inputs and gradients (`copies`: as many
-             times as the queries take in float32), then the median of `--repeats` steps
+             times as the queries take in float32), then the median of `--repeats` steps. Each begins when the last is
+             over, so what the host does before its first launch counts. Of nibs, too: `host_ms`, until a step returns
+             without waiting; `kernels_ms`, the sum of its kernels; `graph_ms`, it replayed from a CUDA graph
     ring     one rank of eight in one process: a step whose shards are copied by another stream, as a link would,
              against the same step on a ring that moves nothing. The difference is what was exposed
     large    `--copies` times the batch, the same rows again and again: its loss is the small one's and log(copies),
@@ -88,6 +90,17 @@ class Where:
     def median(self, work: Callable[[], Any], repeats: int, warm: int = 2) -> float:
         """After some that do not count."""
         return statistics.median([self.milliseconds(work) for _ in range(repeats + warm)][warm:])
+
+    def host_median(self, work: Callable[[], Any], repeats: int) -> float:
+        """Milliseconds until the work is handed over to an idle device, whose end is not waited for."""
+        found = []
+        for _ in range(repeats):
+            self.wait()
+            begin = time.perf_counter()
+            work()
+            found.append(1e3 * (time.perf_counter() - begin))
+        self.wait()
+        return statistics.median(found)
 
     def held(self) -> int:
         """Bytes of live tensors."""
@@ -227,6 +240,19 @@ def step(loss: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     return value.detach()
 
 
+def captured(loss: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """A CUDA graph of a step, and the loss that each replay of it writes anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(loss, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step(loss, inputs)
+    return graph, value
+
+
 def truth(inputs: tuple[Any, ...], objective: Any) -> tuple[float, Any, float]:
     """In float64, strip by strip: the loss, gradients of the first queries, and the scale's gradient."""
     queries, keys, scale = (one.detach().double() for one in inputs)
@@ -333,14 +359,7 @@ class Run:
     def _replayed(self, loss: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Any]) -> str:
         """Whether a captured step gives the same bits."""
         try:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step(loss, inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                value = step(loss, inputs)
+            graph, value = captured(loss, inputs)
             for one in inputs:
                 one.grad.fill_(torch.nan)
             graph.replay()
@@ -401,11 +420,15 @@ class Run:
             row.update(copies=beyond / whole, copies_beyond_inputs=(beyond + gradients) / whole)
             row["median_ms"] = self._of_steps(loss, inputs)
             if name == "nibs":
-                row["kernels"] = profile(where, lambda: step(loss, inputs))
+                row["host_ms"] = where.host_median(lambda: step(loss, inputs), self.options.repeats)
+                row["kernels"], row["kernels_ms"] = profile(where, lambda: step(loss, inputs))
                 made = nibs.plan(
                     n, *inputs[1].shape, "bfloat16", objective=objective, backend="torch", device=where.name
                 )
                 row.update(plan_workspace=made.workspace, kernel=made.kernel, products=made.products)
+            if name == "nibs" and where.gpu:  # last: what is known stays, should it fail
+                graph, _ = captured(loss, inputs)
+                row["graph_ms"] = where.median(graph.replay, self.options.repeats)
             return row
         except Exception as error:  # a peer may fail in its own way, and the others still want their turn
             traceback.print_exc()
@@ -518,15 +541,16 @@ class Arrived:
         return self.arrays
 
 
-def profile(where: Where, work: Callable[[], Any], most: int = 24) -> list[dict[str, Any]]:
-    """Where the time of one run goes: kernels by their time on the device, the largest first."""
+def profile(where: Where, work: Callable[[], Any], most: int = 24) -> tuple[list[dict[str, Any]], float]:
+    """Where the time of one run goes: kernels by their time on the device, the largest first; and that of them all."""
     kind = torch.profiler.ProfilerActivity.CUDA if where.gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as seen:
         work()
         where.wait()
     name = "self_device_time_total" if where.gpu else "self_cpu_time_total"
-    found = sorted(seen.key_averages(), key=lambda one: -getattr(one, name))[:most]
-    return [{"name": one.key[:60], "calls": one.count, "ms": getattr(one, name) / 1e3} for one in found]
+    found = sorted(seen.key_averages(), key=lambda one: -getattr(one, name))
+    largest = [{"name": one.key[:60], "calls": one.count, "ms": getattr(one, name) / 1e3} for one in found[:most]]
+    return largest, sum(getattr(one, name) for one in found) / 1e3
 
 
 # -- the report ----------------------------------------------------------------------------------

@@ -167,6 +167,13 @@ def error_cells(row: dict[str, Any]) -> list[Any]:
     return [row.get("error", {}).get(name) for name in ("loss", "queries", "scale")]
 
 
+BESIDE = {
+    "kernels_ms": "all kernels of one step alone",
+    "graph_ms": "the step, replayed from a CUDA graph",
+    "host_ms": "the host's part of it",
+}
+
+
 def profiles(steps: Rows) -> list[str]:
     """Milliseconds of each kind of kernel over d, and by the line through the ends what is left of it at d = 0."""
     out = []
@@ -179,6 +186,9 @@ def profiles(steps: Rows) -> list[str]:
                     cells[kind(one["name"])] = cells.get(kind(one["name"]), 0.0) + one["ms"]
                 cells["between kernels, and smaller ones"] = row["median_ms"] - sum(cells.values())
                 cells["the step"] = row["median_ms"]
+                for name, what in BESIDE.items():
+                    if name in row:
+                        cells[what] = row[name]
         widths = sorted(by_width)
         if not widths:
             continue

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Designated", "allowed", "positive", "within_margin"]
 
+INFINITY = float("inf")
+
 
 class Designated:
     """Row i's designated positive, key `targets[i]`, on the home shard.
@@ -67,13 +69,15 @@ class Designated:
 
     def to_keys(self, values: Any, how: str = "sum") -> Any:
         """`[m]`: row values summed (or maximised) over the rows that designate each key."""
-        if self.targets is None:
-            index: Any = self.tiles.indices(0, self.n)
-        else:
-            # Rows that have none go to a place of their own beyond the end: to count them would wait for the device.
-            index = self.tiles.xp.where(self.targets >= 0, self.targets, self.m)
-            return self.tiles.scatter(values, index, self.m + 1, how)[: self.m]
-        return self.tiles.scatter(values, index, self.m, how)
+        if self.targets is None:  # key i has row i, and no other
+            if self.n == self.m:
+                return values
+            out = self.tiles.zeros(self.m) if how == "sum" else self.tiles.zeros(self.m) - INFINITY
+            out[: self.n] = values
+            return out
+        # Rows that have none go to a place of their own beyond the end: to count them would wait for the device.
+        index = self.tiles.xp.where(self.targets >= 0, self.targets, self.m)
+        return self.tiles.scatter(values, index, self.m + 1, how)[: self.m]
 
 
 def allowed(tile: Tile, problem: Problem) -> Any:

@@ -59,6 +59,7 @@ class Sink:
         if not strips and not travels:
             self.whole = Share(call, rows, accumulator(call, rows, size))
         self.strip: Any = None
+        self.factor: Any = None  # of every part, known when the first is complete
 
     def at(self, where: slice) -> Any:
         """The accumulator rows for `where`."""
@@ -98,7 +99,9 @@ class Sink:
         if self.product:
             operand = call.tiles.operand(self.rows[where], mask)
             call.product = call.product + call.tiles.total((part * operand).sum(1))
-        part *= call.factor * call.scale * call.share_of_rows
+        if self.factor is None:
+            self.factor = call.factor * call.scale * call.share_of_rows
+        part *= self.factor
         if mask is not None:
             part[~mask] = 0  # absent rows stay exactly 0, also beside NaN
         return part
@@ -185,6 +188,7 @@ class Call:
             total_product=scale_alone or (rounds_weights and request.wants("scale")),
             total_weight=softmax is None and request.wants("bias"),
         )
+        self.uncounted = replace(self.problem, total_product=False, total_weight=False)
         self.keys = Keys(request.keys, request.key_ids, request.key_mask)
         self.by_columns = by_columns(objective, queries=self.embeddings[0], keys=self.embeddings[1])
         self._held: dict[str, Any] = {}
@@ -197,7 +201,7 @@ class Call:
             self.row_count = self.rows.positive_count
             self.column_count, self.column_weight = self.columns.positive_count, self.columns.weight_sum
         self.product: Any = tiles.total(tiles.zeros(0))
-        self.weight: Any = tiles.total(tiles.zeros(0))
+        self.weight = self.product
         self.factor: Any = None
         self.column_ratio = tiles.scalar(1.0)
         self.upstream: Any = None
@@ -244,10 +248,14 @@ class Call:
             self.unit = tiles.cast(xp.where(some, total / xp.where(some, count, 1.0), 1.0))
             self.anchor_weight = weights / self.unit
         if self.designated is not None and not self.problem.multi:
-            valid = self.designated.valid()
-            self.row_count = xp.where(valid, one, zero)
+            weight = self.anchor_weight
+            if self.designated.targets is None:  # without masks, too: all are there, and each has its own
+                self.row_count = ones
+            else:
+                valid = self.designated.valid()
+                self.row_count, weight = xp.where(valid, one, zero), xp.where(valid, weight, zero)
             self.column_count = self.designated.to_keys(self.row_count)
-            self.column_weight = self.designated.to_keys(xp.where(valid, self.anchor_weight, zero))
+            self.column_weight = self.designated.to_keys(weight)
 
     def _look_for_poison(self) -> None:
         """NaN for each present row that is not finite, else 0; an infinite key may hide behind exp(-inf)."""
@@ -705,10 +713,11 @@ class Call:
     ) -> None:
         gather = None if into is None else into.at(i)
         spread = None if onto is None else onto.at(j)
-        product, weight = self.tiles.tile_grad(tile, self.problem, rows, columns, kept, gather, spread)
-        if product is not None and count:
+        problem = self.problem if count else self.uncounted
+        product, weight = self.tiles.tile_grad(tile, problem, rows, columns, kept, gather, spread)
+        if product is not None:
             self.product = self.product + product
-        if weight is not None and count:
+        if weight is not None:
             self.weight = self.weight + weight
 
     def _close_strip(self, outer: slice, into: Any, onto: Any, *, by_columns: bool) -> None:
@@ -722,7 +731,8 @@ class Call:
         queries, keys = (None if sink is None else sink.finish() for sink in sinks)
         scale = bias = None
         if request.wants("scale") or request.wants("bias"):
-            product, weight = self._sums(self.product, self.weight)
+            totals = getattr(tiles, "totals", None)
+            product, weight = self._sums(*((self.product, self.weight) if totals is None else totals()))
             if request.wants("scale"):
                 scale = self._like(tiles.cast(product), request.scale)
             if request.wants("bias"):

@@ -196,7 +196,8 @@ class Tiles(Protocol):
 
     Fused kernels that decide about each pair themselves set `fused = True`, which says that too, and have `factor`,
     and a method more: `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. Their `tile_lse`
-    may give anything that their `merge_lse` takes.
+    may give anything that their `merge_lse` takes. Those that add up what `tile_grad` returns by themselves return None
+    there, and have a method `totals()`: both sums over the tiles so far, 0-d and wide.
     """
 
     xp: Any

@@ -31,7 +31,7 @@ __all__ = ["ARRAYS", "ForeignKernels", "Job", "Kernels", "differentiable_loss"]
 ARRAYS = (*WRT, "targets", "query_ids", "key_ids", "query_mask", "key_mask", "weights")
 """Fields of a request that hold arrays: those that can carry gradients first."""
 
-STRIP = 1 << 20  # elements that are multiplied and rounded at a time
+STRIP = 1 << 20  # elements that a CPU multiplies and rounds at a time
 
 
 class Kernels(Protocol):
@@ -211,10 +211,11 @@ def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor, *, last: bool, pl
         return gradient.mul_(upstream) if last else gradient * upstream
     if gradient.numel() <= STRIP:
         return (gradient * upstream).to(like.device, like.dtype)
-    out = torch.empty_like(gradient, dtype=like.dtype)  # strip by strip, so that no wide copy is made
-    step = max(1, STRIP // gradient.shape[1])
+    out = torch.empty_like(gradient, dtype=like.dtype)
+    # One kernel multiplies and rounds, but on a CPU, which makes a wide copy first: there strip by strip.
+    step = max(1, STRIP // gradient.shape[1]) if gradient.device.type == "cpu" else gradient.shape[0]
     for begin in range(0, gradient.shape[0], step):
-        out[begin : begin + step] = gradient[begin : begin + step] * upstream
+        torch.mul(gradient[begin : begin + step], upstream, out=out[begin : begin + step])
     return out
 
 

@@ -5,6 +5,7 @@
     merge_lse    fold: partial statistics into the running ones, in the order of the tiles
     tile_grad    weights, wide: `G [r, c]` in the input's dtype; then the library's `G K` and `G^T Q`
     Sigmoid      sigmoid: loss and G from one pass, kept from tile_lse for tile_grad
+    totals       tally, in each tile_grad: partial sums of weights and products into running ones, as `fold`
 
 The rows come as they are, in their own dtype and strides; scale and masks are applied in the kernels. Only absent rows
 (zero, for the products), mixed dtypes and TF32 (rounded) make copies. Nothing here waits for the device, so a call
@@ -204,6 +205,7 @@ class FusedTiles(TorchTiles):
         self.upcast = self.card.arch == "interpreter"  # whose bfloat16 products are wrong
         self.lifts = self.dtype == torch.float16
         self.fixed: dict[str, Any] = {}  # by kernel: a configuration to use instead of the table's
+        self._tallied: Any = None  # [2, programs]: of `tally`
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -227,7 +229,7 @@ class FusedTiles(TorchTiles):
         from nibs_torch.kernels.rows import poison
 
         size, d = rows.shape
-        out = self.zeros(size)
+        out = self._room(size)
         if size:
             self._run(poison, (-(-size // 16),), rows, mask, out, size, d, *rows.stride(), BM=16, BK=256)
         return out
@@ -375,8 +377,15 @@ class FusedTiles(TorchTiles):
             self._product(into, made.g, tile.keys, inverse, problem.precision)
         if onto is not None:
             self._product(onto, made.g.T, tile.queries, inverse, problem.precision)
-        product = self.total(made.product) if problem.total_product else None
-        return product, self.total(made.total) if problem.total_weight else None
+        self._tally(made.product if problem.total_product else None, made.total if problem.total_weight else None)
+        return None, None
+
+    def totals(self) -> tuple[Any, Any]:
+        """`sum g_ij <q_i, k_j>` and `sum g_ij` over the tiles of which `tile_grad` was to count them, 0-d."""
+        if self._tallied is None:
+            return self.total(self.zeros(0)), self.total(self.zeros(0))
+        product, weight = self._tallied.sum(1).unbind()
+        return product, weight
 
     # -- launches ---------------------------------------------------------------------------------
 
@@ -388,7 +397,7 @@ class FusedTiles(TorchTiles):
         sides = [side for side in (rows, columns) if side is not None]
         made = Made(self._made(tile), self._lift(*(side.factor for side in sides)), None, None)
         if problem.total_product:
-            made.product = self.zeros(counts["column_tiles"], tile.queries.shape[0])
+            made.product = self._room(counts["column_tiles"], tile.queries.shape[0])
         each = []
         for side in (rows, columns):
             each += [None] * 4 if side is None else [side.factor, side.shift, side.target, side.smooth]
@@ -490,6 +499,17 @@ class FusedTiles(TorchTiles):
         sizes = first.numel(), 0 if second is None else second.numel()
         self._run(lift, (1,), first, second, out, *sizes, BLOCK=1024)
         return out
+
+    def _tally(self, product: Any, weight: Any) -> None:
+        """Partial sums of one macro tile, or None, into those of the call."""
+        some = product if product is not None else weight
+        if some is None:
+            return
+        from nibs_torch.kernels.rows import TALLIED, tally
+
+        if self._tallied is None:
+            self._tallied = torch.zeros(2, TALLIED, dtype=torch.float64, device=self.device)
+        self._run(tally, (TALLIED,), product, weight, self._tallied, some.numel(), BLOCK=1024)
 
     def _product(self, out: Any, g: Any, rows: Any, inverse: Any, precision: str) -> None:
         """`out += inverse g rows`, accumulated in float32."""

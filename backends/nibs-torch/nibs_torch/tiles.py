@@ -58,6 +58,7 @@ class TorchTiles:
         self._strip = min(STRIP, SHARE * torch.get_num_threads()) if device.type == "cpu" else DEVICE_STRIP
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: torch.Tensor | None = None
+        self._captured: dict[float, torch.Tensor] = {}
 
     # -- the verbs --------------------------------------------------------------------------------
 
@@ -452,9 +453,14 @@ class TorchTiles:
     def scalar(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.detach().to(self.device, self.accumulator).reshape(())
-        if capturing(self.device):  # its memory is the graph's own, and filled when the graph runs: not for others
-            return _constant.__wrapped__(float(value), self.accumulator, self.device)
-        return _constant(float(value), self.accumulator, self.device)
+        value = float(value)
+        if not capturing(self.device):
+            return _constant(value, self.accumulator, self.device)
+        # Its memory is the graph's own, and filled when the graph runs: for this call, and no others.
+        found = self._captured.get(value)
+        if found is None:
+            found = self._captured[value] = _constant.__wrapped__(value, self.accumulator, self.device)
+        return found
 
     def total(self, values: Any) -> Any:
         return values.sum(dtype=self.wide)

@@ -3,6 +3,7 @@
     calls(card)     a context in which nibs takes such tensors for real ones; yields every launch of a kernel
     Waited          what an operation raises in it that would make the host wait for the device, or copy to it
     held(card)      the same, but launches are forgotten; yields what tensors on the card hold at most
+    Operators       names of PyTorch's operators that would launch a kernel, as they come; kernels' own beside them
     compiled        a launch as Triton would compile it for a card
 
 PyTorch's fake tensors say where an operation would run and what would come of it; two modes over them watch. What waits
@@ -89,6 +90,27 @@ class Memory(TorchDispatchMode):
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.now())
         return out
+
+
+class Operators(TorchDispatchMode):
+    """In `seen`, what would be launched: operators, but for views and empty room, and our kernels, by their names.
+
+    launches: the record of `calls`, read as it grows.
+    """
+
+    def __init__(self, launches: list[Launch]) -> None:
+        super().__init__()
+        self.launches, self.told, self.seen = launches, 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [one.name for one in self.launches[self.told :]]
+        self.told = len(self.launches)
+        returned = [one.alias_info for one in func._schema.returns]
+        is_view = any(one is not None and not one.is_write for one in returned)
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not is_view and not name.startswith("empty"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 class Host(TorchDispatchMode):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
-from pretended_gpu import CARDS, Waited, calls, held
+from pretended_gpu import CARDS, Operators, Waited, calls, held
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nibs
@@ -122,6 +122,28 @@ def test_a_large_batch_takes_few_launches_and_its_lse_no_more_memory(
     assert sum(one.name == "weights" for one in launches) == 36
     # A launch is given the rows, which are no workspace, and one set of sums; own shifts are as many again.
     assert 2 * (max(sums) - (65_536 + weights) * 768 * 2) <= weights**2 * 2
+
+
+PRODUCTS = ["addmm", "addmm"]
+
+
+@pytest.mark.parametrize(
+    "objective, kernels",
+    [
+        (nibs.InfoNCE(), ["weights", "wide", *PRODUCTS, "tally"]),
+        (nibs.Sigmoid(), ["sigmoid", "fold", *PRODUCTS, "tally"]),
+    ],
+    ids=["infonce", "sigmoid"],
+)
+def test_a_macro_tile_of_a_gradient_takes_five_launches(
+    objective: Any, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with calls(CARDS["sm_90"], monkeypatch) as launches, Operators(launches) as operators:
+        scale, bias = (torch.empty((), device="cuda", requires_grad=True) for _ in range(2))
+        nibs.contrastive_loss(rows(65_536, d=768), rows(65_536, d=768), scale=scale, bias=bias, objective=objective)
+    first, *_, last = (place for place, name in enumerate(operators.seen) if name == kernels[0])
+    assert operators.seen[last : last + 5] == kernels
+    assert last - first == 35 * 5 + 1  # zeros, for the tally to begin with
 
 
 def test_the_suite_has_a_meter_for_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:

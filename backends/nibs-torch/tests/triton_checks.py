@@ -188,6 +188,18 @@ def test_rows_are_rounded_to_tf32_and_poison_found_like_their_twins() -> None:
     assert tiles.poison(queries, mask).isnan().nonzero().tolist() == [[4]]
 
 
+def test_partial_sums_are_tallied_in_float64_onto_those_of_earlier_tiles() -> None:
+    tiles, generator = launch(), torch.Generator().manual_seed(3)
+    parts = [torch.randn(3, size, generator=generator) + 1e4 for size in (70, 50_001)]
+    for one in parts:
+        tiles._tally(one, None)
+        tiles._tally(one, -one)
+    expected = sum(one.double().sum() for one in parts)
+    product, weight = tiles.totals()
+    torch.testing.assert_close(product, 2 * expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(weight, -expected, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("lifted", [False, True])
 def test_our_own_product_equals_the_librarys(transposed: bool, lifted: bool) -> None:

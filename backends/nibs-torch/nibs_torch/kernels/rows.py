@@ -3,12 +3,17 @@
     poison     [n]       0 for a finite row, NaN for one that is not; absent rows count as finite
     round_rows [n, d]    float32 rows rounded to TF32's 10 bits, ties away from zero
     lift       [2]       a power of two that brings weights of up to `bound` near float16's largest, and its inverse
+    tally      [2, 128]  sums of all partial sums of tiles, in float64, onto what earlier macro tiles left
 
 Tensor cores cut float32 operands off to TF32 without rounding, which makes every product too small and moves the loss
 by 0.05 at scale 100. Rounded before, they lose nothing more.
 
-Bytes: `poison` reads 1 x n d elements; `round_rows` reads and writes n d float32; `lift` reads the weights' vectors.
-Twins: `plain_poison`, `plain_tf32`, `plain_lift`.
+The gradients of scale and bias are sums over all pairs, of which tiles leave one number for each row they hold. Each
+program of `tally` adds its own share of those to its own place, in order: no atomics, so the same bits each time.
+
+Bytes: `poison` reads 1 x n d elements; `round_rows` reads and writes n d float32; `lift` reads the weights' vectors;
+`tally` reads the partial sums.
+Twins: `plain_poison`, `plain_tf32`, `plain_lift`; `tally` is held to PyTorch's own sum.
 """
 
 from __future__ import annotations
@@ -19,8 +24,21 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["LIFTED_TO", "lift", "narrow", "plain_lift", "plain_poison", "plain_tf32", "poison", "round_rows", "to_tf32"]
+__all__ = [
+    "LIFTED_TO",
+    "TALLIED",
+    "lift",
+    "narrow",
+    "plain_lift",
+    "plain_poison",
+    "plain_tf32",
+    "poison",
+    "round_rows",
+    "tally",
+    "to_tf32",
+]
 
+TALLIED = 128  # programs of `tally`, and places that they add to
 LIFTED_TO: tl.constexpr = tl.constexpr(16384.0)  # float16 ends at 65504: room for sums of two sides that round up
 
 
@@ -83,6 +101,28 @@ def lift(A, B, OUT, a, b, BLOCK: tl.constexpr):
     power = tl.floor(tl.log2(tl.where(usable, LIFTED_TO, 1.0) / tl.where(usable, bound, 1.0)))
     tl.store(OUT, tl.exp2(power))
     tl.store(OUT + 1, tl.exp2(-power))
+
+
+@triton.jit(do_not_specialize=["size"])
+def tally(P, T, OUT, size, BLOCK: tl.constexpr):
+    """OUT [2, programs], float64: the sums of P [size] and of T [size] onto its two rows. Either may be None."""
+    place = OUT + tl.program_id(0)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if P is not None:
+        tl.store(place, tl.load(place) + share_of(P, first, size, BLOCK))
+    if T is not None:
+        place += tl.num_programs(0)
+        tl.store(place, tl.load(place) + share_of(T, first, size, BLOCK))
+
+
+@triton.jit
+def share_of(P, first, size, BLOCK: tl.constexpr):
+    """This program's share of a sum: BLOCK numbers from `first` on, and as many again behind those of all others."""
+    o = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(first, size, tl.num_programs(0) * BLOCK):
+        total += tl.load(P + begin + o, mask=begin + o < size, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
 
 
 def plain_poison(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
