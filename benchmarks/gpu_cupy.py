@@ -52,6 +52,7 @@ SHAPES = [(1000, 1300, 200), (128, 256, 64), (1, 1, 1)]
 # Rows, columns and width of macro tiles: (rows / 128) * ceil(d / 256) near a multiple of 132 multiprocessors.
 TILES = {512: (8448, 16896), 768: (11264, 11264), 1024: (12672, 12672)}
 ROWS = 65536
+SCALE = 14.3
 SECONDS = 570
 
 
@@ -168,17 +169,22 @@ def cases(bench: Bench) -> list[tuple[str, str, tuple[int, int, int]]]:
     return [(*kind, shape) for kind in kinds if kind != ("hopper", "tf32x3") for shape in shapes]
 
 
+def unit_rows(random: np.random.Generator, n: int, d: int) -> np.ndarray:
+    """Rows of length 1, as a model's are: of longer ones tiles would be redone, whose rows have logits far apart."""
+    rows = random.standard_normal((n, d), np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def errors_of(bench: Bench, kernels: FastKernels, name: str, n: int, m: int, d: int) -> dict[str, float]:
     """Return the largest error of each thing that the kernels compute."""
     random, fetch = np.random.default_rng(0), bench.device.fetch
-    q, k = (random.standard_normal((rows, d)) for rows in (n, m))
-    q, k = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(FORMATS[name]) for x in (q, k))
+    q, k = (unit_rows(random, rows, d).astype(FORMATS[name]) for rows in (n, m))
     target = np.where(np.arange(n) < m, np.arange(n), -1)
-    one = [bench.array(np.full(1, value, np.float32)) for value in (14.3, -10.0, 1.0)]
+    one = [bench.array(np.full(1, value, np.float32)) for value in (SCALE, -10.0, 1.0)]
     packed = kernels.pack(bench.array(q)), kernels.pack(bench.array(k))
     there = Pairs(target=bench.array(target))
     shift, mass, *rest = map(fetch, kernels.lse(*packed, one[0], there))
-    rows, columns, positive = plain_lse(q, k, 14.3, Pairs(target=target))
+    rows, columns, positive = plain_lse(q, k, SCALE, Pairs(target=target))
     errors = {
         "rows": np.abs(shift + np.log(mass.astype(np.float64)) - rows).max(),
         "columns": np.abs(rest[0] + np.log(rest[1].astype(np.float64)) - columns).max(),
@@ -191,9 +197,9 @@ def errors_of(bench: Bench, kernels: FastKernels, name: str, n: int, m: int, d: 
     given = [Weights(*(bench.array(v) for v in (s.factor, s.shift, s.target))) for s in sides]
     g, _ = kernels.weights(*packed, one[0], there, *given, one[2])
     got = fetch(bench.xp.ascontiguousarray(g)).view(FORMATS[name]).astype(np.float64)
-    errors["g"] = np.abs(got - plain_weights(q, k, 14.3, Pairs(target=target), *sides)).max()
+    errors["g"] = np.abs(got - plain_weights(q, k, SCALE, Pairs(target=target), *sides)).max()
     loss, *_ = kernels.sigmoid(*packed, one[0], one[1], there, None, one[2])
-    truth = plain_sigmoid(q, k, 14.3, -10.0, Pairs(target=target))[0]
+    truth = plain_sigmoid(q, k, SCALE, -10.0, Pairs(target=target))[0]
     errors["sigmoid"] = np.abs(fetch(loss) - truth).max() / np.abs(truth).max()
     return {what: float(error) for what, error in errors.items()}
 
@@ -280,8 +286,7 @@ def speed(bench: Bench) -> None:
         for d, shape in bench.tiles.items():
             n = 48 if bench.dry else ROWS
             random = np.random.default_rng(2)
-            made = (random.standard_normal((n, d), np.float32) for _ in range(2))
-            queries, keys = (bench.array((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(kind)) for x in made)
+            queries, keys = (bench.array(unit_rows(random, n, d).astype(kind)) for _ in range(2))
             for name in names:
                 backend = CupyBackend(bench.device, name)
                 for what, (objective, products, wrt) in objectives.items():
@@ -311,7 +316,7 @@ def shapes_of(shape: tuple[int, int], *, general: bool) -> list[tuple[int, int]]
 
 def whole(queries: Any, keys: Any, objective: nibs.Objective, wrt: Any, plan: Any) -> Callable[[], Any]:
     """Return one training step's loss as a call of no arguments."""
-    options = dict(scale=14.3, bias=-5.0, objective=objective, wrt=wrt, precision="high", plan=plan)
+    options = dict(scale=SCALE, bias=-5.0, objective=objective, wrt=wrt, precision="high", plan=plan)
     options |= dict(backend="under-test")
     return lambda: nibs.contrastive_loss_and_grad(queries, keys, **options)
 
@@ -346,23 +351,24 @@ def kernels(bench: Bench) -> None:
             fast = bench.kernels(family, name)
             for d in bench.tiles:
                 n = 48 if bench.dry else 11264
-                rows = bench.array(np.random.default_rng(2).standard_normal((n, d)).astype(FORMATS[name]))
-                packed = fast.pack(rows), fast.pack(rows)
-                one, pairs = xp.ones(1, np.float32), Pairs(target=xp.arange(n))
-                side = Weights(xp.ones(n, np.float32), xp.full(n, 2000, np.float32), xp.ones(n, np.float32))
-                runs = jobs(fast, rows, packed, one, pairs, side)
+                random = np.random.default_rng(2)
+                sides = [bench.array(unit_rows(random, n, d).astype(FORMATS[name])) for _ in range(2)]
+                side = Weights(xp.ones(n, np.float32), xp.full(n, SCALE, np.float32), xp.ones(n, np.float32))
+                runs = jobs(fast, sides, xp.full(1, SCALE, np.float32), Pairs(target=xp.arange(n)), side)
                 for what, work in runs.items():
                     bench.say("kernels", 2.0 * n * n * d, name=what, family=family, format=name, n=n, d=d,
                               ms=bench.milliseconds(work))  # fmt: skip
 
 
-def jobs(fast: FastKernels, rows: Any, packed: Any, one: Any, pairs: Pairs, side: Weights) -> dict[str, Any]:
-    """Give what is timed, by name."""
+def jobs(fast: FastKernels, sides: list[Any], scale: Any, pairs: Pairs, side: Weights) -> dict[str, Any]:
+    """Give what is timed, by name; side: the weights of either."""
+    packed = [fast.pack(rows) for rows in sides]
+    one = side.factor[:1]
     return {
-        "pack": lambda: fast.pack(rows),
-        "lse": lambda: fast.lse(*packed, one, pairs),
-        "weights": lambda: fast.weights(*packed, one, pairs, side, side, one),
-        "sigmoid": lambda: fast.sigmoid(*packed, one, one, pairs, None, one),
+        "pack": lambda: fast.pack(sides[0]),
+        "lse": lambda: fast.lse(*packed, scale, pairs),
+        "weights": lambda: fast.weights(*packed, scale, pairs, side, side, one),
+        "sigmoid": lambda: fast.sigmoid(*packed, scale, one, pairs, None, one),
     }
 
 

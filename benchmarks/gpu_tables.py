@@ -111,13 +111,14 @@ def named(rows: Rows, *columns: str) -> str:
 
 
 def about(report: dict[str, Any]) -> str:
-    """Where a part ran, by what, and when."""
+    """Where a part ran, by what, and when; and a note that somebody left beside its figures."""
     versions = {"python": report["python"], **report["versions"]}
     versions.pop("nibs", None)
     words = [report["machine"], ", ".join(f"{name} {version}" for name, version in versions.items()), report["date"]]
     if "tuned" in report:
         words.append("tiles tuned on it" if report["tuned"] else "tiles not tuned")
-    return "; ".join([*words, *([f"`{report['command']}`"] if "command" in report else [])]) + "."
+    words += [f"`{report['command']}`"] if "command" in report else []
+    return "; ".join([*words, *([report["note"]] if "note" in report else [])]) + "."
 
 
 # -- benchmarks/gpu.py ----------------------------------------------------------------------------
