@@ -166,10 +166,10 @@ def _ready(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]
         if name in options:
             given[name] = options[name]
     try:
-        facts = _facts(given, backend, options)
-        known = _calls.get(facts)
+        key = _facts(given, backend, options)
+        known = _calls.get(key)
     except (AttributeError, TypeError, ValueError):  # no array, or what does not hash or compare: never known
-        facts = known = None
+        key = known = None
     if known is not None:
         request, name, info = known
         if registry.owner(queries) == request.owner and registry.info(name) is info:
@@ -177,10 +177,10 @@ def _ready(queries: Any, keys: Any, backend: str | None, options: dict[str, Any]
     request = make_request(queries, keys, registry, **_known(options))
     check_values(request, registry.load(request.owner))
     name = _serve(request, backend)
-    if facts is not None and queries.dtype == keys.dtype:  # else autocast has its word
+    if key is not None and queries.dtype == keys.dtype:  # else autocast has its word
         if len(_calls) >= MOST:
             _calls.clear()
-        _calls[facts] = (request.but(dict.fromkeys(given)), name, registry.info(name))
+        _calls[key] = (request.but(dict.fromkeys(given)), name, registry.info(name))
     return request, name
 
 
