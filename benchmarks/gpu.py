@@ -26,7 +26,6 @@ already; tables go to the screen, and last, beside what is asked of an H200, wha
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib
 import json
@@ -39,13 +38,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_tables import of_parts, table, verdicts
-from measure import reason
+from measure import installed, reason
 
 import nibs
 from nibs.ring import Ring
@@ -57,6 +55,7 @@ SAMPLE = 64  # rows whose gradients are held against float64
 DENSE_BYTES = 3 * 4  # that dense PyTorch holds for each pair, at least
 RANKS = 8
 PARTS = ("tune", "check", "speed", "ring", "large")
+MEASURED = ("torch", "triton", "inf-cl", "memeff", "siglip-kernel", "cut-cross-entropy")
 # Of the largest gradient: a stored bfloat16 is off by 2^-9 of itself, and its weights by as much again.
 GRADIENT = 2.0**-7
 GRAPHS = ("same bits", "needs a GPU")  # what may be said of a replay
@@ -556,15 +555,6 @@ def profile(where: Where, work: Callable[[], Any], most: int = 24) -> tuple[list
 # -- the report ----------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """Of what was measured and is installed."""
-    found = {"nibs": nibs.__version__}
-    for name in ("torch", "triton", "inf-cl", "memeff", "siglip-kernel", "cut-cross-entropy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -623,7 +613,7 @@ def report_of(part: str, rows: list[dict[str, Any]], where: Where) -> dict[str, 
     return {
         "machine": where.describe(),
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": {"nibs": nibs.__version__, **installed(*MEASURED)},
         "tuned": cache_path().is_file(),  # else tiles are the table's first choices
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),

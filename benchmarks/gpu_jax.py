@@ -14,7 +14,6 @@ Where JAX sees no GPU the same runs on the CPU, with NumPy in CuPy's place: that
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import platform
@@ -22,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from measure import installed
 
 import nibs
 import nibs_jax
@@ -171,14 +170,10 @@ def main() -> int:
     rows = measure(device, options.n, options.d, options.turns)
     for row in (*rows, *(judged := verdicts(rows))):
         print(json.dumps(row), flush=True)
-    versions = {}
-    for name in ("jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "torch", "triton", "nibs"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     report = {
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": installed("jax", "jaxlib", "cupy-cuda13x", "cupy-cuda12x", "torch", "triton", "nibs"),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(("python", *sys.argv)),
         "rows": rows,

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -253,11 +253,15 @@ def machine(device: str) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
     }
-    for name in VERSIONS:
-        try:
+    return {**found, **installed(*VERSIONS)}
+
+
+def installed(*names: str) -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
