@@ -20,7 +20,20 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONTENDERS", "Batch", "Contender", "Step"]
+__all__ = [
+    "CONTENDERS",
+    "Batch",
+    "Contender",
+    "Loss",
+    "Step",
+    "cut_cross_entropy",
+    "inf_cl",
+    "memeff",
+    "siglip_kernel",
+]
+
+Loss = Callable[[Any, Any, Any, Any], Any]
+"""Of queries, keys, scale and bias."""
 
 
 @dataclass(frozen=True)
@@ -235,44 +248,46 @@ def open_clip(objective: str) -> Callable[[Batch], Step]:
     return make
 
 
-def inf_cl(batch: Batch) -> Step:
+def peer(make: Callable[[str, float], Loss], *, of_scale: bool = True) -> Callable[[Batch], Step]:
+    """A loss of tensors, made for a device and a scale."""
+    return lambda batch: torch_step(batch, make(batch.device, batch.scale), of_scale=of_scale)
+
+
+def inf_cl(device: str, scale: float) -> Loss:
     """Inf-CL's fused loss, once for each direction."""
     from inf_cl import cal_flash_loss
 
-    width = batch.queries.shape[1]
-    options = {"head_dim": 256 if width % 256 == 0 else width}
-
     def loss(queries: Any, keys: Any, scale: Any, bias: Any) -> Any:
-        rows = cal_flash_loss(queries, keys, scale=scale, **options).mean()
-        return (rows + cal_flash_loss(keys, queries, scale=scale, **options).mean()) / 2
+        width = queries.shape[1]
+        options = {"scale": scale, "head_dim": 256 if width % 256 == 0 else width}
+        rows = cal_flash_loss(queries, keys, **options).mean()
+        return (rows + cal_flash_loss(keys, queries, **options).mean()) / 2
 
-    return torch_step(batch, loss)
+    return loss
 
 
-def memeff(batch: Batch) -> Step:
-    """Memeff's loss; stable=False, or its gradient is not that of its loss."""
+def memeff(device: str, scale: float) -> Loss:
+    """Memeff's loss; stable=False, or its gradient is not that of its loss. It has none of the scale."""
     from memeff import MemoryEfficientCLIPLoss
 
-    loss = MemoryEfficientCLIPLoss(temperature=1 / batch.scale, normalized_inputs=True, stable=False)
-    return torch_step(batch, lambda queries, keys, scale, bias: loss(queries, keys), of_scale=False)
+    loss = MemoryEfficientCLIPLoss(temperature=1 / scale, normalized_inputs=True, stable=False)
+    return lambda queries, keys, scale, bias: loss(queries, keys)
 
 
-def siglip_kernel(batch: Batch) -> Step:
+def siglip_kernel(device: str, scale: float) -> Loss:
     """siglip-kernel's fused loss by the kernel that it picks."""
     from siglip_kernel import fused_siglip_loss
 
-    return torch_step(
-        batch, lambda queries, keys, scale, bias: fused_siglip_loss(queries, keys, scale.log(), bias, backend="auto")
-    )
+    return lambda queries, keys, scale, bias: fused_siglip_loss(queries, keys, scale.log(), bias, backend="auto")
 
 
-def cut_cross_entropy(batch: Batch) -> Step:
+def cut_cross_entropy(device: str, scale: float) -> Loss:
     """Apple's linear cross entropy, once for each direction; its kernels on a GPU, its compiled twin elsewhere."""
     import torch
     from cut_cross_entropy import linear_cross_entropy
 
     torch._dynamo.config.recompile_limit = 64
-    how = "cce_exact" if batch.device.startswith("cuda") else "torch_compile"
+    how = "cce_exact" if device.startswith("cuda") else "torch_compile"
 
     def loss(queries: Any, keys: Any, scale: Any, bias: Any) -> Any:
         positives = torch.arange(len(queries), device=queries.device)
@@ -280,7 +295,7 @@ def cut_cross_entropy(batch: Batch) -> Step:
         rows = linear_cross_entropy(scaled, keys, positives, impl=how)
         return (rows + linear_cross_entropy(keys, scaled, positives, impl=how)) / 2
 
-    return torch_step(batch, loss)
+    return loss
 
 
 def keops(batch: Batch) -> Step:
@@ -339,12 +354,12 @@ CONTENDERS = [
             ("nibs jax", "ours", nibs_jax),
         )
     ],
-    Contender("inf-cl", "InfoNCE", "peer", inf_cl),
-    Contender("memeff", "InfoNCE", "peer", memeff, "no gradient of the scale"),
+    Contender("inf-cl", "InfoNCE", "peer", peer(inf_cl)),
+    Contender("memeff", "InfoNCE", "peer", peer(memeff, of_scale=False), "no gradient of the scale"),
     Contender(
-        "cut-cross-entropy", "InfoNCE", "peer", cut_cross_entropy, "its torch_compile twin where there is no GPU"
+        "cut-cross-entropy", "InfoNCE", "peer", peer(cut_cross_entropy), "its torch_compile twin where there is no GPU"
     ),
     Contender("sentence-transformers", "InfoNCE", "peer", sentence_transformers, "no gradient of the scale"),
     Contender("pykeops", "InfoNCE", "peer", keops),
-    Contender("siglip-kernel", "Sigmoid", "peer", siglip_kernel),
+    Contender("siglip-kernel", "Sigmoid", "peer", peer(siglip_kernel)),
 ]

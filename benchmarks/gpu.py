@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import math
 import platform
@@ -42,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import Loss, cut_cross_entropy, inf_cl, memeff, siglip_kernel
 from gpu_tables import of_parts, table, verdicts
 from measure import installed, reason
 
@@ -173,44 +173,14 @@ def dense(objective: Any, where: Where) -> Callable[..., Any]:
     return symmetric if isinstance(objective, nibs.InfoNCE) else sigmoid
 
 
-def inf_cl(objective: Any, where: Where) -> Callable[..., Any]:
-    """Both directions, as its users call it."""
-    flash = importlib.import_module("inf_cl").cal_flash_loss
+def peer(make: Callable[[str, float], Loss]) -> Callable[..., Callable[..., Any]]:
+    """One of contenders.py."""
 
-    def loss(queries: Any, keys: Any, scale: Any) -> Any:
-        width = queries.shape[1]
-        head = 256 if width % 256 == 0 else width
-        rows = flash(queries, keys, scale=scale, head_dim=head).mean()
-        return (rows + flash(keys, queries, scale=scale, head_dim=head).mean()) / 2
+    def made(objective: Any, where: Where) -> Callable[..., Any]:
+        loss, bias = make(where.name, SCALE), torch.tensor(BIAS, device=where.name)
+        return lambda queries, keys, scale: loss(queries, keys, scale, bias)
 
-    return loss
-
-
-def memeff(objective: Any, where: Where) -> Callable[..., Any]:
-    """Memeff's loss; stable=False, or its gradient is not that of its loss. It has none of the scale."""
-    made = importlib.import_module("memeff").MemoryEfficientCLIPLoss
-    unscaled = made(temperature=1 / SCALE, normalized_inputs=True, stable=False)
-    return lambda queries, keys, scale: unscaled(queries, keys)
-
-
-def cut_cross_entropy(objective: Any, where: Where) -> Callable[..., Any]:
-    """Apple's linear cross entropy, once for each direction; its compiled twin where there is no GPU."""
-    entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    how = "cce_exact" if where.gpu else "torch_compile"
-
-    def loss(queries: Any, keys: Any, scale: Any) -> Any:
-        positives = torch.arange(len(queries), device=queries.device)
-        scaled = queries * scale.to(queries.dtype)
-        return (entropy(scaled, keys, positives, impl=how) + entropy(keys, scaled, positives, impl=how)) / 2
-
-    return loss
-
-
-def siglip_kernel(objective: Any, where: Where) -> Callable[..., Any]:
-    """siglip-kernel's fused loss by the kernel that it picks."""
-    fused = importlib.import_module("siglip_kernel").fused_siglip_loss
-    bias = torch.tensor(BIAS, device=where.name)
-    return lambda queries, keys, scale: fused(queries, keys, scale.log(), bias, backend="auto")
+    return made
 
 
 CONTENDERS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -218,11 +188,11 @@ CONTENDERS: dict[str, dict[str, Callable[..., Any]]] = {
         "nibs": ours,
         "nibs plain": plain,
         "dense torch": dense,
-        "inf-cl": inf_cl,
-        "memeff": memeff,
-        "cut-cross-entropy": cut_cross_entropy,
+        "inf-cl": peer(inf_cl),
+        "memeff": peer(memeff),
+        "cut-cross-entropy": peer(cut_cross_entropy),
     },
-    "Sigmoid": {"nibs": ours, "nibs plain": plain, "dense torch": dense, "siglip-kernel": siglip_kernel},
+    "Sigmoid": {"nibs": ours, "nibs plain": plain, "dense torch": dense, "siglip-kernel": peer(siglip_kernel)},
 }
 OBJECTIVES = {"InfoNCE": nibs.InfoNCE(), "Sigmoid": nibs.Sigmoid()}
 
