@@ -37,6 +37,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from on_gpu import WORKERS
 
 import nibs
 from nibs.verbs import Weights
@@ -208,7 +209,8 @@ def suite(bench: Bench) -> None:
     """Run the conformance suite in processes of their own; ends the program where a test fails."""
     for kernels in ("general", *bench.families()):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "nibs_conformance.plugin", "--pyargs"]
-        command += ["nibs_conformance", "--nibs-backend", "cupy", *(["--collect-only"] if bench.dry else [])]
+        command += ["nibs_conformance", "--nibs-backend", "cupy"]
+        command += ["--collect-only"] if bench.dry else WORKERS.split()
         settings = {"NIBS_CUPY_KERNELS": kernels, "NIBS_PLUGINS": "nibs_cupy.plugin"}
         settings |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "NIBS_CUPY_DEVICE": "host" if bench.dry else "cuda"}
         start, done = time.monotonic(), finished(bench, command, **settings)

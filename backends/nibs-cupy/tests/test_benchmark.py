@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -22,11 +22,9 @@ FILE = Path(__file__).parents[3] / "benchmarks" / "gpu_cupy.py"
 def benchmark_file() -> Any:
     if not FILE.is_file():
         pytest.skip("the benchmarks are not here")
-    spec = importlib.util.spec_from_file_location("gpu_cupy", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FILE.parent))
+        return importlib.import_module(FILE.stem)
 
 
 def test_every_step_runs_by_the_host_runner(benchmark_file, capsys):
