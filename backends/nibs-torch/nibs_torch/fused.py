@@ -42,6 +42,7 @@ __all__ = ["FusedTiles", "asked", "fused_plan", "hints", "kernel_for", "why_not"
 KERNELS = ("torch", "triton")
 OLDEST = (8, 0)  # compute capability: bfloat16, and 10-bit float32 products
 FOLD = 64  # rows of a program that folds
+SEVERAL = 16  # tiles that a program looks through at a time for those that are to be made again
 WHOLE = 256  # a multiple of every tile's rows and columns
 
 
@@ -295,10 +296,9 @@ class FusedTiles(TorchTiles):
             **self._shape(config, tile),
             config=config,
         )
-        programs = min(tiles[0] * tiles[1], 8 * self.card.sms)
         self._run(
             kernels.repair,
-            (programs,),
+            (tiles[0] * -(-tiles[1] // SEVERAL),),
             tile.queries,
             tile.keys,
             problem.scale,
@@ -308,10 +308,11 @@ class FusedTiles(TorchTiles):
             rows.own,
             columns.own,
             rows.marks,
-            **{**counts, "programs": programs},
+            **{name: count for name, count in counts.items() if name != "programs"},
             ROWS=problem.rows,
             COLUMNS=problem.columns,
             **flags,
+            SEVERAL=SEVERAL,
             **self._small("repair", config),
         )
         return rows, columns, kept
@@ -402,6 +403,18 @@ class FusedTiles(TorchTiles):
         for side in (rows, columns):
             each += [None] * 4 if side is None else [side.factor, side.shift, side.target, side.smooth]
         pairs, flags = self._pairs(tile, problem), self._flags(tile, problem)
+        tiles = counts["row_tiles"] + counts["column_tiles"]
+        ends = self._room(2, tiles)
+        self._run(
+            kernels.spans,
+            (tiles,),
+            each[1],
+            each[5],
+            ends,
+            *(counts[name] for name in ("rows", "columns", "row_tiles", "column_tiles")),
+            BM=config.rows,
+            BN=config.columns,
+        )
         self._run(
             kernels.weights,
             self._grid(config, counts),
@@ -409,6 +422,7 @@ class FusedTiles(TorchTiles):
             problem.scale,
             *pairs,
             *each,
+            ends,
             made.lift,
             made.g,
             made.product,
@@ -420,11 +434,9 @@ class FusedTiles(TorchTiles):
             MULTI=problem.multi,
             TF32=self.tf32,
             **self._shape(config, tile),
-            GUARD=GUARD,
             config=config,
         )
-        tiles = counts["row_tiles"] * counts["column_tiles"]
-        programs = min(tiles, 8 * self.card.sms)
+        programs = min(-(-counts["row_tiles"] * counts["column_tiles"] // SEVERAL), 8 * self.card.sms)
         self._run(
             kernels.wide,
             (programs,),
@@ -433,6 +445,7 @@ class FusedTiles(TorchTiles):
             problem.scale,
             *pairs,
             *each,
+            ends,
             made.lift,
             made.g,
             made.product,
@@ -441,6 +454,7 @@ class FusedTiles(TorchTiles):
             **flags,
             MULTI=problem.multi,
             TF32=self.tf32,
+            SEVERAL=SEVERAL,
             **self._small("wide", config),
         )
         return made
@@ -727,9 +741,6 @@ def _is_tf32(precision: str, device: torch.device) -> bool:
     if device.type == "cpu":
         return False
     return bool(holder.fp32_precision == "tf32" if hasattr(holder, "fp32_precision") else holder.allow_tf32)
-
-
-GUARD = True  # False only in the test that shows what the guard of `kernels.weights` is for
 
 
 @lru_cache(maxsize=16)

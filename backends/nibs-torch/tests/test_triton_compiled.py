@@ -156,7 +156,7 @@ def test_kernels_whose_tiles_are_cut_off_fit_too(
 
 def test_every_other_kernel_of_a_step_fits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = launched("sm_90", monkeypatch, dtype="float16")
-    assert found.keys() - LARGE == {"poison", "repair", "fold", "wide", "lift", "product", "tally"}
+    assert found.keys() - LARGE == {"poison", "repair", "fold", "spans", "wide", "lift", "product", "tally"}
     for name in found.keys() - LARGE:
         cores = name in ("product", "repair", "wide")
         built, _ = hold_to_limits(found[name], "sm_90", monkeypatch, tmp_path, cores=cores)

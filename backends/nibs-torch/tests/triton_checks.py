@@ -13,7 +13,6 @@ import torch
 
 import nibs
 from nibs.errors import InvalidInput
-from nibs_torch import fused
 from nibs_torch.fused import FusedTiles
 from nibs_torch.kernels import lse, rows, sigmoid, tuning, weights
 
@@ -92,8 +91,7 @@ def test_gradients_survive_lse_values_that_spread() -> None:
     assert torch.isfinite(grads.queries).all() and torch.isfinite(grads.keys).all()
 
 
-def test_without_the_spread_guard_the_gradient_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "GUARD", False)
+def test_without_the_tiles_made_again_the_gradient_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "wide", Idle())
     _, grads = nibs.contrastive_loss_and_grad(*spread())
     assert torch.isnan(grads.queries).any()

@@ -14,7 +14,8 @@ own shift, into `RS`, `CS` beside the sums. `fold` adds the partial sums of a ro
 what earlier macro tiles left: no atomics, so the same bits each time, and no merge afterwards.
 
 LIFT = 100 keeps entries down to 2^-226 of the maximum; a row or column that sums to less than 2^-120 of it has lost
-terms that count, and leaves as -1. Sums leave without the lift, so float32 holds every one that is not marked.
+terms that count. Sums keep the lift until `fold`. Where a row or a column may have no pair at all, one that is lost
+leaves as -1: 0 may be right.
 
 The positive's logit is read off the same `s`, by the one tile that holds it.
 
@@ -33,13 +34,14 @@ import torch
 import triton
 import triton.language as tl
 
-from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, logit, permitted, place, present, target_of, within
+from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, logit, meets, permitted, place, present, target_of, within
 
 __all__ = ["COLUMN_FIELDS", "LIFT", "LOW", "ROW_FIELDS", "fields", "fold", "lse", "plain_lse", "repair"]
 
 LIFT: tl.constexpr = tl.constexpr(100.0)
+LIFTED: tl.constexpr = tl.constexpr(2.0**100)
 UNLIFT: tl.constexpr = tl.constexpr(2.0**-100)
-LOW: tl.constexpr = tl.constexpr(2.0**-120)
+LOW: tl.constexpr = tl.constexpr(2.0**-20)
 LOWEST: tl.constexpr = tl.constexpr(float(torch.finfo(torch.float32).min))
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
@@ -105,8 +107,8 @@ def lse_tile(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Everything about one tile."""
-    PAIRS: tl.constexpr = RAGGED or EXCLUDE or SELF or (QM is not None) or (KM is not None)
     MARGIN: tl.constexpr = QLIM is not None
+    SOME: tl.constexpr = some(QM, KM, QLIM, EXCLUDE, SELF)
     pm, pn = place(tile, row_tiles, column_tiles, GROUP)
     row, column = pm * BM, pn * BN
     acc = dots(Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, BM, BN, BK, DESC, PRECISION, UPCAST)
@@ -127,10 +129,10 @@ def lse_tile(
     s = logit(acc, tl.load(SCALE), 0.0)
     if DESIGNATED != 0 and not MULTI:
         held = (target >= column) & (target < column + BN)
-        if tl.max(held.to(tl.int32), 0) != 0:
+        if meets(target, row, column, offset, DESIGNATED, BM, BN):
             positive = tl.sum(tl.where(hit, s, 0.0), 1)
             tl.store(PS + om, positive, mask=held)
-    if PAIRS or MARGIN:
+    if RAGGED or SOME:
         ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, RAGGED, EXCLUDE, SELF)
         if MARGIN:
             by_row = within(acc, tl.load(QLIM + om, mask=row_in, other=0.0), hit, ok, 1)
@@ -141,32 +143,29 @@ def lse_tile(
         u = tl.max(s)
         u = tl.where(u == -INFINITY, 0.0, u)
         e = tl.exp2((s - u) * LOG2E + LIFT)
+    else:
+        u = tl.max(s)
+        e = tl.exp2((s - u) * LOG2E + LIFT)
+    by_row_e, by_column_e = e, e
+    if MARGIN:
+        by_row_e, by_column_e = tl.where(by_row, e, 0.0), tl.where(by_column, e, 0.0)
+    row_mass, column_mass = tl.sum(by_row_e, 1), tl.sum(by_column_e, 0)
+    if SOME:
         if MARGIN:
-            row_mass = tl.sum(tl.where(by_row, e, 0.0), 1) * UNLIFT
-            column_mass = tl.sum(tl.where(by_column, e, 0.0), 0) * UNLIFT
             row_has = tl.max(by_row.to(tl.int32), 1) != 0
             column_has = tl.max(by_column.to(tl.int32), 0) != 0
         else:
-            row_mass = tl.sum(e, 1) * UNLIFT
-            column_mass = tl.sum(e, 0) * UNLIFT
             row_has = top > -INFINITY
             if EXCLUDE or SELF:
                 column_has = tl.max(s, 0) > -INFINITY
             else:  # masks alone: a column has a pair if it is there, and any row is
                 column_has = present(on, columns, KM) & (tl.max(present(om, rows, QM).to(tl.int32), 0) != 0)
-        row_lost = ((row_mass >= LOW) == 0) & row_has
-        column_lost = ((column_mass >= LOW) == 0) & column_has
-    else:
-        u = tl.max(s)
-        e = tl.exp2((s - u) * LOG2E + LIFT)
-        row_mass = tl.sum(e, 1) * UNLIFT
-        column_mass = tl.sum(e, 0) * UNLIFT
-        row_lost = (row_mass >= LOW) == 0
-        column_lost = (column_mass >= LOW) == 0
+        row_mass = tl.where(lost(row_mass) & row_has, -1.0, row_mass)
+        column_mass = tl.where(lost(column_mass) & column_has, -1.0, column_mass)
     if ROWS:
-        tl.store(row_at, tl.where(row_lost, -1.0, row_mass), mask=row_in)
+        tl.store(row_at, row_mass, mask=row_in)
     if COLUMNS:
-        tl.store(column_at, tl.where(column_lost, -1.0, column_mass), mask=column_in)
+        tl.store(column_at, column_mass, mask=column_in)
     tl.store(U + pm * column_tiles + pn, u)
     row_next = row_at + row_field
     column_next = column_at + column_field
@@ -205,6 +204,18 @@ def lse_tile(
             tl.store(row_next + row_field, tl.max(tl.where(negative, s, -INFINITY), 1), mask=row_in)
 
 
+@triton.constexpr_function
+def some(QM, KM, QLIM, EXCLUDE, SELF):
+    """Whether a row or a column may have no pair at all, whose sum is 0 and right."""
+    return EXCLUDE or SELF or any(one is not None for one in (QM, KM, QLIM))
+
+
+@triton.jit
+def lost(mass):
+    """Where terms that count are lost to a shift; NaN, too."""
+    return (mass >= LOW) == 0
+
+
 @triton.jit
 def seen(
     row, column, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
@@ -232,64 +243,87 @@ def seen(
 @triton.jit(do_not_specialize=COUNTS)
 def repair(
     Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, RP, CP, RS, CS, MARK,
-    rows, columns, d, offset, row_tiles, column_tiles, programs, sq0, sq1, sk0, sk1,
+    rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, SELF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SM: tl.constexpr, SN: tl.constexpr, BK: tl.constexpr,
+    SEVERAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Marks tiles with lost sums, and makes those again. A program looks through SEVERAL tiles of the same rows.
+
+    RS [column tiles, r], CS [row tiles, c]: their rows' and columns' own shifts, read by `fold` where a tile is marked.
+    """
+    SOME: tl.constexpr = some(QM, KM, QLIM, EXCLUDE, SELF)
+    across = tl.cdiv(column_tiles, SEVERAL)
+    pm, first = tl.program_id(0) // across, (tl.program_id(0) % across) * SEVERAL
+    tiles = first + tl.arange(0, SEVERAL)
+    marked = tl.zeros((SEVERAL,), tl.int32)
+    if ROWS:
+        om = pm * BM + tl.arange(0, BM)
+        there = (tiles < column_tiles)[:, None] & (om < rows)[None, :]
+        masses = tl.load(RP + tiles[:, None].to(tl.int64) * rows + om[None, :], mask=there, other=1.0)
+        marked |= tl.max((masses < 0.0 if SOME else lost(masses)).to(tl.int32), 1)
+    if COLUMNS:
+        on = first * BN + tl.arange(0, SEVERAL * BN)
+        masses = tl.load(CP + pm.to(tl.int64) * columns + on, mask=on < columns, other=1.0)
+        found = (masses < 0.0 if SOME else lost(masses)).to(tl.int32)
+        marked |= tl.max(tl.reshape(found, (SEVERAL, BN)), 1)
+    tl.store(MARK + pm * column_tiles + tiles, marked, mask=tiles < column_tiles)
+    if tl.max(marked, 0) != 0:
+        for n in range(0, SEVERAL):
+            pn = first + n
+            if tl.max(tl.where(tiles == pn, marked, 0), 0) != 0:
+                repair_tile(
+                    pm, pn, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, RP, CP, RS, CS,
+                    rows, columns, d, offset, sq0, sq1, sk0, sk1,
+                    ROWS, COLUMNS, DESIGNATED, EXCLUDE, SELF, BM, BN, SM, SN, BK, PRECISION, UPCAST,
+                )  # fmt: skip
+
+
+@triton.jit
+def repair_tile(
+    pm, pn, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM, RP, CP, RS, CS,
+    rows, columns, d, offset, sq0, sq1, sk0, sk1,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, SELF: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SM: tl.constexpr, SN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Marked tiles again, in small ones of SM x SN: masses by each row's and each column's own running shift.
-
-    RS [column tiles, r], CS [row tiles, c]: those shifts, read by `fold` where a tile is marked.
-    """
-    for tile in range(tl.program_id(0), row_tiles * column_tiles, programs):
-        pm, pn = tile // column_tiles, tile % column_tiles
-        least = 0.0
-        if ROWS:
-            all_rows = pm * BM + tl.arange(0, BM)
-            masses = tl.load(RP + pn.to(tl.int64) * rows + all_rows, mask=all_rows < rows, other=0.0)
-            least = tl.min(masses, 0)
-        if COLUMNS:
-            all_columns = pn * BN + tl.arange(0, BN)
-            found = tl.load(CP + pm.to(tl.int64) * columns + all_columns, mask=all_columns < columns, other=0.0)
-            least = tl.minimum(least, tl.min(found, 0))
-        tl.store(MARK + tile, (least < 0.0).to(tl.int32))
-        if least < 0.0:
-            if ROWS:
-                for i in range(0, BM // SM):
-                    row = pm * BM + i * SM
-                    om = row + tl.arange(0, SM)
-                    top = tl.full((SM,), LOWEST, tl.float32)
-                    total = tl.zeros((SM,), tl.float32)
-                    for j in range(0, BN // SN):
-                        s = seen(
-                            row, pn * BN + j * SN, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-                            rows, columns, d, offset, sq0, sq1, sk0, sk1,
-                            True, DESIGNATED, EXCLUDE, SELF, SM, SN, BK, PRECISION, UPCAST,
-                        )  # fmt: skip
-                        new = tl.maximum(top, tl.max(s, 1))
-                        total = total * tl.exp(top - new) + tl.sum(tl.exp(s - new[:, None]), 1)
-                        top = new
-                    at = pn.to(tl.int64) * rows + om
-                    tl.store(RP + at, total, mask=om < rows)
-                    tl.store(RS + at, top, mask=om < rows)
-            if COLUMNS:
-                for j in range(0, BN // SN):
-                    column = pn * BN + j * SN
-                    on = column + tl.arange(0, SN)
-                    top = tl.full((SN,), LOWEST, tl.float32)
-                    total = tl.zeros((SN,), tl.float32)
-                    for i in range(0, BM // SM):
-                        s = seen(
-                            pm * BM + i * SM, column, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-                            rows, columns, d, offset, sq0, sq1, sk0, sk1,
-                            False, DESIGNATED, EXCLUDE, SELF, SM, SN, BK, PRECISION, UPCAST,
-                        )  # fmt: skip
-                        new = tl.maximum(top, tl.max(s, 0))
-                        total = total * tl.exp(top - new) + tl.sum(tl.exp(s - new[None, :]), 0)
-                        top = new
-                    at = pm.to(tl.int64) * columns + on
-                    tl.store(CP + at, total, mask=on < columns)
-                    tl.store(CS + at, top, mask=on < columns)
+    """One tile in small ones of SM x SN: masses by each row's and each column's own running shift."""
+    if ROWS:
+        for i in range(0, BM // SM):
+            row = pm * BM + i * SM
+            om = row + tl.arange(0, SM)
+            top = tl.full((SM,), LOWEST, tl.float32)
+            total = tl.zeros((SM,), tl.float32)
+            for j in range(0, BN // SN):
+                s = seen(
+                    row, pn * BN + j * SN, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
+                    rows, columns, d, offset, sq0, sq1, sk0, sk1,
+                    True, DESIGNATED, EXCLUDE, SELF, SM, SN, BK, PRECISION, UPCAST,
+                )  # fmt: skip
+                new = tl.maximum(top, tl.max(s, 1))
+                total = total * tl.exp(top - new) + tl.sum(tl.exp(s - new[:, None]), 1)
+                top = new
+            at = pn.to(tl.int64) * rows + om
+            tl.store(RP + at, total * LIFTED, mask=om < rows)
+            tl.store(RS + at, top, mask=om < rows)
+    if COLUMNS:
+        for j in range(0, BN // SN):
+            column = pn * BN + j * SN
+            on = column + tl.arange(0, SN)
+            top = tl.full((SN,), LOWEST, tl.float32)
+            total = tl.zeros((SN,), tl.float32)
+            for i in range(0, BM // SM):
+                s = seen(
+                    pm * BM + i * SM, column, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
+                    rows, columns, d, offset, sq0, sq1, sk0, sk1,
+                    False, DESIGNATED, EXCLUDE, SELF, SM, SN, BK, PRECISION, UPCAST,
+                )  # fmt: skip
+                new = tl.maximum(top, tl.max(s, 0))
+                total = total * tl.exp(top - new) + tl.sum(tl.exp(s - new[None, :]), 0)
+                top = new
+            at = pm.to(tl.int64) * columns + on
+            tl.store(CP + at, total * LIFTED, mask=on < columns)
+            tl.store(CS + at, top, mask=on < columns)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -328,7 +362,7 @@ def fold(
                 own = tl.where(marked[:, None], own, u[:, None])
                 own = tl.where(part == 0.0, LOWEST, own)
                 new = tl.maximum(top, tl.max(own, 0))
-                total = total * tl.exp(top - new) + tl.sum(part * tl.exp(own - new[None, :]), 0)
+                total = total * tl.exp(top - new) + tl.sum(part * UNLIFT * tl.exp(own - new[None, :]), 0)
                 top = new
             else:
                 total += tl.sum(part, 0)
@@ -391,13 +425,14 @@ def plain_lse(
             s = logits[i : i + tile[0], j : j + tile[1]]
             shift = s.max().expand(s.shape[0]), s.max().expand(s.shape[1])
             e = torch.exp2((s - s.max()) * math.log2(math.e) + LIFT.value)
-            part = e.sum(1) * UNLIFT.value, e.sum(0) * UNLIFT.value
+            part = e.sum(1), e.sum(0)
             if guard and not bool((part[0] >= LOW.value).all() & (part[1] >= LOW.value).all()):
                 shift = s.amax(1), s.amax(0)
-                part = (s - shift[0][:, None]).exp().sum(1), (s - shift[1][None, :]).exp().sum(0)
+                own = (s - shift[0][:, None]).exp().sum(1), (s - shift[1][None, :]).exp().sum(0)
+                part = own[0] * LIFTED.value, own[1] * LIFTED.value
             for axis, where in ((0, slice(i, i + s.shape[0])), (1, slice(j, j + s.shape[1]))):
                 new = torch.maximum(shifts[axis][where], shift[axis])
                 old = masses[axis][where] * torch.exp(shifts[axis][where] - new)
-                masses[axis][where] = old + part[axis] * torch.exp(shift[axis] - new)
+                masses[axis][where] = old + part[axis] * UNLIFT.value * torch.exp(shift[axis] - new)
                 shifts[axis][where] = new
     return shifts[0] + masses[0].log(), shifts[1] + masses[1].log()

@@ -25,6 +25,7 @@ __all__ = [
     "dots",
     "joined",
     "logit",
+    "meets",
     "parts",
     "permitted",
     "place",
@@ -158,6 +159,17 @@ def target_of(T, om, rows, columns, offset, DESIGNATED: tl.constexpr):
         target = tl.load(T + om, mask=om < rows, other=-1).to(tl.int64)
     inside = (target >= 0) & (target < columns) & (om < rows) & (DESIGNATED != 0)
     return tl.where(inside, target, -1).to(tl.int32)
+
+
+@triton.jit
+def meets(target, row, column, offset, DESIGNATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether the tile that begins at (row, column) may hold a designated positive: for the diagonal, no value is
+    looked at.
+    """
+    if DESIGNATED == 2:
+        return tl.max(((target >= column) & (target < column + BN)).to(tl.int32), 0) != 0
+    else:
+        return (row + offset < column + BN) & (row + offset + BM > column)
 
 
 @triton.jit

@@ -9,16 +9,17 @@ f, l, t, smooth are `nibs.verbs.Weights`: factor, shift, target, smooth. The two
 kernel belong to the library; `nibs_torch.fused` calls them.
 
 Plan. Where the shifts of a tile's anchors lie within SPREAD of one another, one exponential around their middle serves
-both sides: `exp(s - mid) (f_i exp(mid - l_i) + f_j exp(mid - l_j))`. Unguarded, a wider tile gives inf * 0. There
-`weights` returns at once, and `wide`, always launched and returning at once on all other tiles, takes two exponentials
-in small tiles. Both judge by the same numbers, so each tile is written exactly once.
+both sides: `exp(s - mid) (f_i exp(mid - l_i) + f_j exp(mid - l_j))`. `spans` finds the least and the largest shift of
+each tile's rows and columns; a wider tile gives inf * 0. So `wide`, always launched and returning at once on all other
+tiles, makes such tiles again, with two exponentials, in small ones. That `weights` makes them too, for nothing, leaves
+its loop over tiles without a condition: only such loops are fused, to fetch the next tile while one is finished.
 
 A pair of two rows that are no anchors, or one that does not count, is bounded by nobody's lse: logits are cut at mid +
 SPREAD, beyond which no weight that is not 0 can lie. Targets are subtracted before rounding, for near convergence
-p - y is far smaller than either; the few elements that have one are made again from their products and stored over.
-A tile is finished in parts of 64 columns (`tile.parts`): products, weights and what is stored of them, all of a tile
-at once, would not fit the registers at 128 x 256. float16 holds nothing below 6e-8: its weights are stored times a
-power of two (LIFTED), undone in float32.
+p - y is far smaller than either, and only in tiles that the diagonal or a target meets. A tile is finished in parts of
+64 columns (`tile.parts`): products, weights and what is stored of them, all of a tile at once, would not fit the
+registers at 128 x 256. float16 holds nothing below 6e-8: its weights are stored times a power of two (LIFTED), undone
+in float32.
 
 The scale's gradient is summed here, beside the weights, though `<q_i, dq_i>` after the products would cost nothing:
 those were made from rounded weights. Each bfloat16 weight is off by up to 2^-9 of itself, and where one weight of a
@@ -43,6 +44,7 @@ from nibs_torch.kernels.tile import (
     PART,
     dots,
     logit,
+    meets,
     parts,
     permitted,
     place,
@@ -57,24 +59,43 @@ SPREAD: tl.constexpr = tl.constexpr(69.0)  # natural log: 2^50 either side of th
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
 
-@triton.jit
-def span(RS, CS, row, column, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
-    """Middle and width of the anchors' shifts in a tile."""
+@triton.jit(do_not_specialize=COUNTS)
+def spans(
+    RS, CS, SPANS, rows, columns, row_tiles, column_tiles,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """SPANS [2, row tiles + column tiles]: the least and the largest shift of the anchors among a tile's rows, then of
+    those among a tile's columns; inf and -inf where there is none.
+    """
+    tile = tl.program_id(0)
     low = tl.full((), INFINITY, tl.float32)
     high = tl.full((), -INFINITY, tl.float32)
-    if RS is not None:
-        om = row + tl.arange(0, BM)
-        shift = tl.load(RS + om, mask=om < rows, other=INFINITY)
-        low = tl.minimum(low, tl.min(shift, 0))
-        high = tl.maximum(high, tl.max(tl.where(shift == INFINITY, -INFINITY, shift), 0))
-    if CS is not None:
-        on = column + tl.arange(0, BN)
-        shift = tl.load(CS + on, mask=on < columns, other=INFINITY)
-        low = tl.minimum(low, tl.min(shift, 0))
-        high = tl.maximum(high, tl.max(tl.where(shift == INFINITY, -INFINITY, shift), 0))
+    if RS is not None:  # noqa: SIM102 - known when compiled
+        if tile < row_tiles:
+            low, high = ends(RS, tile * BM + tl.arange(0, BM), rows)
+    if CS is not None:  # noqa: SIM102 - known when compiled
+        if tile >= row_tiles:
+            low, high = ends(CS, (tile - row_tiles) * BN + tl.arange(0, BN), columns)
+    tl.store(SPANS + tile, low)
+    tl.store(SPANS + row_tiles + column_tiles + tile, high)
+
+
+@triton.jit
+def ends(S, o, size):
+    """The least and the largest of the shifts that are no infinity."""
+    shift = tl.load(S + o, mask=o < size, other=INFINITY)
+    return tl.min(shift, 0), tl.max(tl.where(shift == INFINITY, -INFINITY, shift), 0)
+
+
+@triton.jit
+def span(SPANS, pm, pn, row_tiles, column_tiles):
+    """Middle and width of the anchors' shifts in a tile, or in several: pm, pn are one row and column, or as many."""
+    at = row_tiles + pn
+    low = tl.minimum(tl.load(SPANS + pm), tl.load(SPANS + at))
+    SPANS += row_tiles + column_tiles
+    high = tl.maximum(tl.load(SPANS + pm), tl.load(SPANS + at))
     none = low == INFINITY
-    middle = tl.where(none, 0.0, low + 0.5 * (high - low))
-    return middle, tl.where(none, 0.0, high - low)
+    return tl.where(none, 0.0, low + 0.5 * (high - low)), tl.where(none, 0.0, high - low)
 
 
 @triton.jit
@@ -88,134 +109,94 @@ def share(F, S, o, inside, middle):
 @triton.jit(do_not_specialize=COUNTS)
 def weights(
     Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-    RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT, KEPT,
+    RF, RS, RT, RM, CF, CS, CT, CM, SPANS, LIFTED, G, PRODUCT, KEPT,
     rows, columns, d, offset, row_tiles, column_tiles, programs, sq0, sq1, sk0, sk1, sg, sp,
     DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, RAGGED: tl.constexpr,
     TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     DESC: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    GUARD: tl.constexpr,
 ):  # fmt: skip
     """One tile a program, or every `programs`-th one. GUARD: False only in the test that shows what it is for."""
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):
             weights_tile(
                 tile, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-                RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT, KEPT,
+                RF, RS, RT, RM, CF, CS, CT, CM, SPANS, LIFTED, G, PRODUCT, KEPT,
                 rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1, sg, sp,
-                DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, BM, BN, BK, GROUP, DESC, PRECISION, UPCAST, GUARD,
+                DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, BM, BN, BK, GROUP, DESC, PRECISION, UPCAST,
             )  # fmt: skip
     else:
         weights_tile(
             tl.program_id(0), Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-            RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT, KEPT,
+            RF, RS, RT, RM, CF, CS, CT, CM, SPANS, LIFTED, G, PRODUCT, KEPT,
             rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1, sg, sp,
-            DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, BM, BN, BK, GROUP, DESC, PRECISION, UPCAST, GUARD,
+            DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, BM, BN, BK, GROUP, DESC, PRECISION, UPCAST,
         )  # fmt: skip
 
 
 @triton.jit
 def weights_tile(
     tile, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-    RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT, KEPT,
+    RF, RS, RT, RM, CF, CS, CT, CM, SPANS, LIFTED, G, PRODUCT, KEPT,
     rows, columns, d, offset, row_tiles, column_tiles, sq0, sq1, sk0, sk1, sg, sp,
     DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, RAGGED: tl.constexpr,
     TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    DESC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, GUARD: tl.constexpr,
+    DESC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Everything about one tile whose shifts lie close together."""
+    """Everything about one tile."""
     pm, pn = place(tile, row_tiles, column_tiles, GROUP)
     row, column = pm * BM, pn * BN
+    if KEPT is None:
+        acc = dots(Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, BM, BN, BK, DESC, PRECISION, UPCAST)
     om, on = row + tl.arange(0, BM), column + tl.arange(0, BN)
     row_in, column_in = om < rows, on < columns
     WIDTH: tl.constexpr = min(BN, PART)
-    inner = tl.arange(0, WIDTH)
-    middle, width = span(RS, CS, row, column, rows, columns, BM, BN)
-    if (width <= SPREAD) | (GUARD == 0):
-        target = target_of(T, om, rows, columns, offset, DESIGNATED)
-        hit = target[:, None] == on[None, :]
-        if KEPT is not None:
-            at = KEPT + om[:, None].to(tl.int64) * sp + on[None, :]
-            acc = tl.load(at, mask=row_in[:, None] & column_in[None, :], other=0.0)
-        else:
-            acc = dots(Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, BM, BN, BK, DESC, PRECISION, UPCAST)
-            if EXACT is not None:
-                exact = tl.load(EXACT + om, mask=row_in, other=0.0)
-                acc = tl.where(hit, exact[:, None], acc)
-        here = (target >= column) & (target < column + BN)
-        holds = tl.max(here.to(tl.int32), 0) != 0
-        pieces = parts(acc, BM, BN)
-        product, aim = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-        if DESIGNATED != 0 and not MULTI:  # noqa: SIM102 - known when compiled
-            if holds:  # the designated positives' products and targets, while nothing but acc takes registers
-                found = tl.zeros(pieces[0].shape, tl.float32)
-                for n in tl.static_range(BN // WIDTH):
-                    found = tl.where(target[:, None] == (column + n * WIDTH + inner)[None, :], pieces[n], found)
-                product = tl.sum(found, 1)
-                if CT is not None:
-                    aim = tl.load(CT + target, mask=here, other=0.0)
-                if RT is not None:
-                    aim += tl.load(RT + om, mask=row_in, other=0.0)
-        mine, theirs = aim, vector_parts(tl.zeros((BN,), tl.float32), BN)
-        if RF is not None:
-            mine = share(RF, RS, om, row_in, middle)
-        if CF is not None:
-            theirs = vector_parts(share(CF, CS, on, column_in, middle), BN)
-        total = tl.zeros((BM,), tl.float32)
-        for n in tl.static_range(BN // WIDTH):
-            total += part_weights(
-                pieces[n], mine, theirs[n], column + n * WIDTH, target, om, middle, SCALE, QM, KM, QID, KID, QLIM, KLIM,
-                RF, RT, RM, CF, CT, CM, LIFTED, G, PRODUCT, rows, columns, offset, sg,
-                DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, WIDTH, UPCAST, GUARD,
-            )  # fmt: skip
-        if PRODUCT is not None:
-            # Row by row, where p - y is a small difference of numbers near one.
-            tl.store(PRODUCT + pn.to(tl.int64) * rows + om, total - aim * product, mask=row_in)
-        if DESIGNATED != 0 and not MULTI:  # noqa: SIM102 - known when compiled
-            if holds:  # once more, less their targets: one element a row
-                one = shared(product, SCALE, middle, GUARD)
-                if RF is not None:
-                    part = share(RF, RS, om, row_in, middle)
-                    if CF is not None:
-                        part += share(CF, CS, target, here, middle)
-                else:
-                    part = share(CF, CS, target, here, middle)
-                one = one * part
-                if RM is not None:
-                    one -= tl.load(RM + om, mask=row_in, other=0.0)
-                if CM is not None:
-                    one -= tl.load(CM + target, mask=here, other=0.0)
-                one -= aim
-                if LIFTED is not None:
-                    one = one * tl.load(LIFTED)
-                if TF32:
-                    one = to_tf32(one)
-                tl.debug_barrier()  # after the stores above
-                tl.store(G + om.to(tl.int64) * sg + target, narrow(one, G, UPCAST), mask=here)
+    middle, _ = span(SPANS, pm, pn, row_tiles, column_tiles)
+    target = target_of(T, om, rows, columns, offset, DESIGNATED)
+    if KEPT is not None:
+        at = KEPT + om[:, None].to(tl.int64) * sp + on[None, :]
+        acc = tl.load(at, mask=row_in[:, None] & column_in[None, :], other=0.0)
+    elif EXACT is not None:
+        exact = tl.load(EXACT + om, mask=row_in, other=0.0)
+        acc = tl.where(target[:, None] == on[None, :], exact[:, None], acc)
+    holds = meets(target, row, column, offset, DESIGNATED, BM, BN)
+    pieces = parts(acc, BM, BN)
+    mine, theirs = tl.zeros((BM,), tl.float32), vector_parts(tl.zeros((BN,), tl.float32), BN)
+    if RF is not None:
+        mine = share(RF, RS, om, row_in, middle)
+    if CF is not None:
+        theirs = vector_parts(share(CF, CS, on, column_in, middle), BN)
+    total = tl.zeros((BM,), tl.float32)
+    for n in tl.static_range(BN // WIDTH):
+        total += part_weights(
+            pieces[n], mine, theirs[n], column + n * WIDTH, target, holds, om, middle, SCALE,
+            QM, KM, QID, KID, QLIM, KLIM, RF, RT, RM, CF, CT, CM, LIFTED, G, PRODUCT, rows, columns, offset, sg,
+            DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, TF32, WIDTH, UPCAST,
+        )  # fmt: skip
+    if PRODUCT is not None:
+        tl.store(PRODUCT + pn.to(tl.int64) * rows + om, total, mask=row_in)
 
 
 @triton.jit
-def shared(acc, SCALE, middle, GUARD: tl.constexpr):
+def shared(acc, SCALE, middle):
     """`exp(s - middle)`, the exponential that both sides share; cut where nothing that counts can lie."""
     power = (logit(acc, tl.load(SCALE), 0.0) - middle) * LOG2E
-    if GUARD:
-        power = tl.minimum(power, SPREAD * LOG2E)
-    return tl.exp2(power)
+    return tl.exp2(tl.minimum(power, SPREAD * LOG2E))
 
 
 @triton.jit
 def part_weights(
-    acc, mine, theirs, column, target, om, middle, SCALE, QM, KM, QID, KID, QLIM, KLIM,
+    acc, mine, theirs, column, target, holds, om, middle, SCALE, QM, KM, QID, KID, QLIM, KLIM,
     RF, RT, RM, CF, CT, CM, LIFTED, G, PRODUCT, rows, columns, offset, sg,
     DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, RAGGED: tl.constexpr,
-    TF32: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr, GUARD: tl.constexpr,
+    TF32: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A part's weights into G, not yet less designated targets; returns `[BM]` sums of weight times product."""
+    """A part's weights into G; returns `[BM]` sums of weight times product."""
     PAIRS: tl.constexpr = RAGGED or EXCLUDE or SELF or (QM is not None) or (KM is not None)
     MARGIN: tl.constexpr = QLIM is not None
     on = column + tl.arange(0, WIDTH)
     row_in, column_in = om < rows, on < columns
     hit = target[:, None] == on[None, :]
-    g = shared(acc, SCALE, middle, GUARD)
+    g = shared(acc, SCALE, middle)
     if PAIRS or MARGIN:
         ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, RAGGED, EXCLUDE, SELF)
     if MARGIN:
@@ -244,10 +225,10 @@ def part_weights(
             g -= tl.load(CM + on, mask=column_in, other=0.0)[None, :]
         if PAIRS:
             g = tl.where(ok, g, 0.0)
-    if MULTI:
+    if DESIGNATED != 0 or MULTI:
         g = less_targets(
-            g, hit, target, om, on, rows, columns, offset, column, QM, KM, QID, KID, RT, CT,
-            DESIGNATED, EXCLUDE, MULTI, SELF, RAGGED, WIDTH,
+            g, hit, holds, om, on, rows, columns, offset, QM, KM, QID, KID, RT, CT,
+            EXCLUDE, MULTI, SELF, RAGGED,
         )  # fmt: skip
     total = tl.zeros(om.shape, tl.float32)
     if PRODUCT is not None:
@@ -268,11 +249,10 @@ def part_weights(
 
 @triton.jit
 def less_targets(
-    g, hit, target, om, on, rows, columns, offset, column, QM, KM, QID, KID, RT, CT,
-    DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, RAGGED: tl.constexpr,
-    BN: tl.constexpr,
+    g, hit, holds, om, on, rows, columns, offset, QM, KM, QID, KID, RT, CT,
+    EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """`g` less the targets of its positives."""
+    """`g` less the targets of its positives. holds: whether a designated one may be among them."""
     row_in, column_in = om < rows, on < columns
     if MULTI:
         ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, RAGGED, EXCLUDE, SELF)
@@ -283,79 +263,99 @@ def less_targets(
             g -= tl.where(found, tl.load(RT + om, mask=row_in, other=0.0)[:, None], 0.0)
         if CT is not None:
             g -= tl.where(found, tl.load(CT + on, mask=column_in, other=0.0)[None, :], 0.0)
-    elif DESIGNATED != 0:
-        held = (target >= column) & (target < column + BN)
-        if tl.max(held.to(tl.int32), 0) != 0:
-            if RT is not None:
-                g -= tl.where(hit, tl.load(RT + om, mask=row_in, other=0.0)[:, None], 0.0)
-            if CT is not None:
-                g -= tl.where(hit, tl.load(CT + on, mask=column_in, other=0.0)[None, :], 0.0)
+    elif holds:
+        if RT is not None:
+            g -= tl.where(hit, tl.load(RT + om, mask=row_in, other=0.0)[:, None], 0.0)
+        if CT is not None:
+            g -= tl.where(hit, tl.load(CT + on, mask=column_in, other=0.0)[None, :], 0.0)
     return g
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def wide(
     Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
-    RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT,
+    RF, RS, RT, RM, CF, CS, CT, CM, SPANS, LIFTED, G, PRODUCT,
     rows, columns, d, offset, row_tiles, column_tiles, programs, sq0, sq1, sk0, sk1, sg,
+    DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, TF32: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SM: tl.constexpr, SN: tl.constexpr, BK: tl.constexpr,
+    SEVERAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Tiles whose shifts lie too far apart for one exponential, once more, found SEVERAL at a time."""
+    tiles = row_tiles * column_tiles
+    for first in range(tl.program_id(0) * SEVERAL, tiles, programs * SEVERAL):
+        each = first + tl.arange(0, SEVERAL)
+        here = tl.minimum(each, tiles - 1)
+        _, width = span(SPANS, here // column_tiles, here % column_tiles, row_tiles, column_tiles)
+        far = (((width <= SPREAD) == 0) & (each < tiles)).to(tl.int32)
+        if tl.max(far, 0) != 0:
+            for n in range(0, SEVERAL):
+                tile = first + n
+                if tl.max(tl.where(each == tile, far, 0), 0) != 0:
+                    wide_tile(
+                        tile // column_tiles, tile % column_tiles, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
+                        RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT,
+                        rows, columns, d, offset, sq0, sq1, sk0, sk1, sg,
+                        DESIGNATED, EXCLUDE, MULTI, SELF, TF32, BM, BN, SM, SN, BK, PRECISION, UPCAST,
+                    )  # fmt: skip
+
+
+@triton.jit
+def wide_tile(
+    pm, pn, Q, K, SCALE, QM, KM, QID, KID, T, EXACT, QLIM, KLIM,
+    RF, RS, RT, RM, CF, CS, CT, CM, LIFTED, G, PRODUCT,
+    rows, columns, d, offset, sq0, sq1, sk0, sk1, sg,
     DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, SELF: tl.constexpr, TF32: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SM: tl.constexpr, SN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Tiles whose shifts lie too far apart for one exponential, in small ones of SM x SN: one exponential a side."""
-    for tile in range(tl.program_id(0), row_tiles * column_tiles, programs):
-        pm, pn = tile // column_tiles, tile % column_tiles
-        _, width = span(RS, CS, pm * BM, pn * BN, rows, columns, BM, BN)
-        if (width <= SPREAD) == 0:
-            for i in range(0, BM // SM):
-                row = pm * BM + i * SM
-                om = row + tl.arange(0, SM)
-                row_in = om < rows
-                target = target_of(T, om, rows, columns, offset, DESIGNATED)
-                total = tl.zeros((SM,), tl.float32)
-                for j in range(0, BN // SN):
-                    column = pn * BN + j * SN
-                    on = column + tl.arange(0, SN)
-                    column_in = on < columns
-                    acc = dots(
-                        Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, SM, SN, BK, False, PRECISION, UPCAST
-                    )
-                    hit = target[:, None] == on[None, :]
-                    if EXACT is not None:
-                        exact = tl.load(EXACT + om, mask=row_in, other=0.0)
-                        acc = tl.where(hit, exact[:, None], acc)
-                    ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, True, EXCLUDE, SELF)
-                    by_row, by_column = ok, ok
-                    if QLIM is not None:
-                        by_row = within(acc, tl.load(QLIM + om, mask=row_in, other=0.0), hit, ok, 1)
-                        by_column = within(acc, tl.load(KLIM + on, mask=column_in, other=0.0), hit, ok, 0)
-                    s = logit(acc, tl.load(SCALE), 0.0)
-                    g = tl.zeros((SM, SN), tl.float32)
-                    if RF is not None:
-                        shift = tl.load(RS + om, mask=row_in, other=INFINITY)
-                        e = tl.exp(s - shift[:, None]) * tl.load(RF + om, mask=row_in, other=0.0)[:, None]
-                        if RM is not None:
-                            e -= tl.load(RM + om, mask=row_in, other=0.0)[:, None]
-                        g += tl.where(by_row, e, 0.0)
-                    if CF is not None:
-                        shift = tl.load(CS + on, mask=column_in, other=INFINITY)
-                        e = tl.exp(s - shift[None, :]) * tl.load(CF + on, mask=column_in, other=0.0)[None, :]
-                        if CM is not None:
-                            e -= tl.load(CM + on, mask=column_in, other=0.0)[None, :]
-                        g += tl.where(by_column, e, 0.0)
-                    g = less_targets(
-                        g, hit, target, om, on, rows, columns, offset, column, QM, KM, QID, KID, RT, CT,
-                        DESIGNATED, EXCLUDE, MULTI, SELF, True, SN,
-                    )  # fmt: skip
-                    total += tl.sum(tl.where(ok, g * acc, 0.0), 1)
-                    if LIFTED is not None:
-                        g = g * tl.load(LIFTED)
-                    if TF32:
-                        g = to_tf32(g)
-                    at = G + om[:, None].to(tl.int64) * sg + on[None, :]
-                    tl.store(at, narrow(g, G, UPCAST), mask=row_in[:, None] & column_in[None, :])
-                if PRODUCT is not None:
-                    tl.store(PRODUCT + pn.to(tl.int64) * rows + om, total, mask=row_in)
+    """One tile in small ones of SM x SN: one exponential a side."""
+    for i in range(0, BM // SM):
+        row = pm * BM + i * SM
+        om = row + tl.arange(0, SM)
+        row_in = om < rows
+        target = target_of(T, om, rows, columns, offset, DESIGNATED)
+        total = tl.zeros((SM,), tl.float32)
+        for j in range(0, BN // SN):
+            column = pn * BN + j * SN
+            on = column + tl.arange(0, SN)
+            column_in = on < columns
+            acc = dots(Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, SM, SN, BK, False, PRECISION, UPCAST)
+            hit = target[:, None] == on[None, :]
+            if EXACT is not None:
+                exact = tl.load(EXACT + om, mask=row_in, other=0.0)
+                acc = tl.where(hit, exact[:, None], acc)
+            ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, True, EXCLUDE, SELF)
+            by_row, by_column = ok, ok
+            if QLIM is not None:
+                by_row = within(acc, tl.load(QLIM + om, mask=row_in, other=0.0), hit, ok, 1)
+                by_column = within(acc, tl.load(KLIM + on, mask=column_in, other=0.0), hit, ok, 0)
+            s = logit(acc, tl.load(SCALE), 0.0)
+            g = tl.zeros((SM, SN), tl.float32)
+            if RF is not None:
+                shift = tl.load(RS + om, mask=row_in, other=INFINITY)
+                e = tl.exp(s - shift[:, None]) * tl.load(RF + om, mask=row_in, other=0.0)[:, None]
+                if RM is not None:
+                    e -= tl.load(RM + om, mask=row_in, other=0.0)[:, None]
+                g += tl.where(by_row, e, 0.0)
+            if CF is not None:
+                shift = tl.load(CS + on, mask=column_in, other=INFINITY)
+                e = tl.exp(s - shift[None, :]) * tl.load(CF + on, mask=column_in, other=0.0)[None, :]
+                if CM is not None:
+                    e -= tl.load(CM + on, mask=column_in, other=0.0)[None, :]
+                g += tl.where(by_column, e, 0.0)
+            holds = meets(target, row, column, offset, DESIGNATED, SM, SN)
+            g = less_targets(
+                g, hit, holds, om, on, rows, columns, offset, QM, KM, QID, KID, RT, CT, EXCLUDE, MULTI, SELF, True
+            )
+            total += tl.sum(tl.where(ok, g * acc, 0.0), 1)
+            if LIFTED is not None:
+                g = g * tl.load(LIFTED)
+            if TF32:
+                g = to_tf32(g)
+            at = G + om[:, None].to(tl.int64) * sg + on[None, :]
+            tl.store(at, narrow(g, G, UPCAST), mask=row_in[:, None] & column_in[None, :])
+        if PRODUCT is not None:
+            tl.store(PRODUCT + pn.to(tl.int64) * rows + om, total, mask=row_in)
 
 
 def plain_weights(
