@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import nibs
 from nibs.errors import InvalidInput
@@ -112,7 +114,7 @@ def test_plain_weights_need_the_same_guard() -> None:
     assert torch.isnan(weights.plain_weights(logits, *sides, (32, 64), guard=False)).any()
 
 
-@pytest.mark.parametrize("bias", [-10.0, -20.0, 3.0])
+@pytest.mark.parametrize("bias", [-40.0, -20.0, -10.0, 3.0, 20.0])
 def test_the_grouped_softplus_keeps_the_digits_of_small_terms(bias: float) -> None:
     queries, keys = batch(64, 64)
     loss = nibs.contrastive_loss(queries, keys, scale=10.0, bias=bias, objective=nibs.Sigmoid(), reduction="none")
@@ -122,6 +124,38 @@ def test_the_grouped_softplus_keeps_the_digits_of_small_terms(bias: float) -> No
     mass, slope = sigmoid.plain_sigmoid(logits.float())
     torch.testing.assert_close(mass.double(), torch.nn.functional.softplus(logits).sum(1), rtol=2e-6, atol=0)
     torch.testing.assert_close(slope.double(), torch.sigmoid(logits), rtol=4e-6, atol=1e-12)
+
+
+def equal_logits(logit: float) -> tuple[float, float]:
+    """Relative errors of the loss and of a weight where 256 logits of a row are one number, whose roundings agree."""
+    bias, nobody = torch.tensor(logit), torch.full((32,), -1)
+    loss, grads = nibs.contrastive_loss_and_grad(
+        torch.zeros(32, 16), torch.zeros(256, 16), bias=bias, objective=nibs.Sigmoid(), targets=nobody, reduction="sum"
+    )
+    pairs, x = 32 * 256, bias.double()
+    loss_error = loss.double() / (pairs * torch.logaddexp(x, torch.zeros_like(x))) - 1
+    return float(loss_error), float(grads.bias.double() / (pairs * torch.sigmoid(x)) - 1)
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+@pytest.mark.parametrize("logit", [-70.0, -30.0, -10.3, -3.1, -0.01, 0.0, 0.7, 5.0, 80.0, 1000.0])
+def test_logits_that_share_a_logarithm_keep_their_digits(
+    logit: float, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "INTERPRETER", (tuning.Config(32, columns, 16, 4, 1),))
+    # The exponential's argument is rounded, to 2^-24 of itself; beside that, 32 factors and the sums of 256.
+    budget = (16 + (abs(logit) if logit < 0 else 0.0)) * 2**-24
+    assert max(map(abs, equal_logits(logit))) < budget
+
+
+@triton.jit
+def bare(w):  # type: ignore[no-untyped-def]
+    return tl.log(1.0 + w)
+
+
+def test_a_sum_that_is_rounded_beside_one_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sigmoid, "log1p", bare)
+    assert abs(equal_logits(-10.3)[0]) > 100 * 2**-24
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["infonce", "smoothed", "one way", "sigmoid"])

@@ -6,15 +6,20 @@
     G [r, c]                              lift * w_i * (-z) sigmoid(x), in the input's dtype            (4)
     PRODUCT, TOTAL [column tiles, r]      sums of g_ij <q_i, k_j> and of g_ij, for scale and bias
 
-Plan. One exponential an element, e = exp(-|x|): softplus(x) = max(x, 0) + log1p(e), and sigmoid(x) is 1 / (1 + e) or
-e / (1 + e). Far from the positives e is 1e-5 and less, where log(1 + e) keeps three digits. So four elements are taken
-together, as w = (1 + e1)(1 + e2)(1 + e3)(1 + e4) - 1 without ever adding the 1: one log1p and one reciprocal for four.
-A tile is finished in parts of 64 columns (`tile.parts`), and the four come from the four quarters of a part, which a
-thread holds in its own registers.
+Plan. One exponential an element, e = exp(-|x|): softplus(x) = max(x, 0) + log(1 + e), and sigmoid(x) is 1 / (1 + e) or
+e / (1 + e). Far from the positives e is 1e-5 and less, where log(1 + e) keeps three digits. So several elements are
+taken together, as w = (1 + e1)(1 + e2)... - 1 without ever adding the 1: from the w of two groups, a and b, comes
+a (1 + b) + b, where 1 + b is rounded once, to multiply. Eight elements share one reciprocal of 1 + w, and up to 32 of a
+row one logarithm; w stays below 2^32.
 
-A pair that does not count has e = 0. Either of RP and G may be None: no loss, or no gradient.
+A tile is finished in parts of 64 columns (`tile.parts`), and what shares comes from the eighths of a part, which a
+thread holds in its own registers; sums over rows leave them once, as the tile ends. Only a tile that holds a designated
+positive looks for it: e is the same for x and -x.
 
-Cost: 2 r c d flops, r c exponentials, r c / 4 logarithms and reciprocals; writes r c elements of the input's dtype.
+A pair that does not count has x = -inf, so e = 0. Either of RP and G may be None: no loss, or no gradient.
+
+Cost: 2 r c d flops, r c exponentials, r c / 8 reciprocals, r c / 32 logarithms; writes r c elements of the input's
+dtype.
 
 Twin: `plain_sigmoid`.
 """
@@ -31,6 +36,7 @@ from nibs_torch.kernels.tile import (
     LOG2E,
     PART,
     dots,
+    halves,
     joined,
     logit,
     parts,
@@ -43,19 +49,42 @@ from nibs_torch.kernels.tile import (
 __all__ = ["plain_sigmoid", "sigmoid"]
 
 
+SHARES: tl.constexpr = tl.constexpr(8)
+"""Columns of a part that its sums are kept for: two neighbours for each of the four threads that share a row."""
+
+
 @triton.jit
 def log1p(w):
-    """log(1 + w) for w >= 0, to the last digits of small w too: the rounding of 1 + w is divided out again."""
+    """log(1 + w) for w >= 0, to the last digits of small w too: what the rounding of 1 + w took is added again.
+
+    It is `(w - (u - 1)) / u`, and below 2 the 1 / u changes nothing that float32 holds. Above, log(u) needs no help.
+    """
     u = 1.0 + w
-    return tl.where(u == 1.0, w, tl.log(u) * (w / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.log(u) + tl.where(u < 2.0, w - (u - 1.0), 0.0)
 
 
 @triton.jit
-def signed(
-    acc, scale, bias, om, on, rows, columns, offset, target, QM, KM, QID, KID,
-    DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr,
+def folded(x, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """`[BM, SHARES]` sums of `x [BM, WIDTH]`, each over columns of one thread."""
+    return tl.sum(tl.reshape(x, (BM, WIDTH // SHARES, SHARES)), 1)
+
+
+@triton.jit
+def meets(target, row, column, offset, BM: tl.constexpr, BN: tl.constexpr, DESIGNATED: tl.constexpr):
+    """Whether a tile holds a designated positive. The diagonal's are known to lie in it by where it begins."""
+    if DESIGNATED == 1:
+        first = row.to(tl.int64) + offset
+        return (first < column + BN) & (first + BM > column)
+    else:
+        return tl.max(((target >= column) & (target < column + BN)).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def judged(
+    om, on, rows, columns, offset, target, QM, KM, QID, KID,
+    EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """x, whether pairs count, and which are positives."""
+    """Which pairs count, and which of them are positives."""
     hit = target[:, None] == on[None, :]
     ok = permitted(om, on, rows, columns, offset, hit, QM, KM, QID, KID, RAGGED, EXCLUDE, False)
     found = hit
@@ -63,8 +92,15 @@ def signed(
         mine = tl.load(QID + om, mask=om < rows, other=0)
         theirs = tl.load(KID + on, mask=on < columns, other=0)
         found = (mine[:, None] == theirs[None, :]) | found
-    s = logit(acc, scale, bias)
-    return tl.where(found, -s, s), ok, found
+    return ok, found & ok
+
+
+@triton.jit
+def sides(s, e, found, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """What differs between positives and negatives: sums of max(x, 0), and -z over 1 + e what the weight is."""
+    x = tl.where(found, -s, s)
+    numerator = tl.where(x >= 0.0, 1.0, e)
+    return folded(tl.maximum(x, 0.0), BM, WIDTH), tl.where(found, -numerator, numerator)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -113,12 +149,8 @@ def sigmoid_tile(
     target = target_of(T, om, rows, columns, offset, DESIGNATED)
     if SP is not None:
         whole = column + tl.arange(0, BN)
-        x, ok, found = signed(
-            acc, scale, bias, om, whole, rows, columns, offset, target, QM, KM, QID, KID,
-            DESIGNATED, EXCLUDE, MULTI, RAGGED,
-        )  # fmt: skip
-        s = tl.where(found, -x, x)
-        found = found & ok
+        ok, found = judged(om, whole, rows, columns, offset, target, QM, KM, QID, KID, EXCLUDE, MULTI, RAGGED)
+        s = logit(acc, scale, bias)
         at = SP + pn.to(tl.int64) * rows + om
         field = column_tiles.to(tl.int64) * rows
         tl.store(at, tl.sum(tl.where(found, s, 0.0), 1), mask=row_in)
@@ -130,63 +162,80 @@ def sigmoid_tile(
         tl.store(at + 5 * field, tl.max(tl.where(negative, s, -float("inf")), 1), mask=row_in)
     WIDTH: tl.constexpr = min(BN, PART)
     pieces = parts(acc, BM, BN)
-    mass, product, total = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    holds = meets(target, row, column, offset, BM, BN, DESIGNATED)
+    factor = tl.zeros((BM,), tl.float32)
+    if G is not None:
+        factor = tl.load(W + om, mask=row_in, other=0.0)
+    w, top = tl.zeros((BM, SHARES), tl.float32), tl.zeros((BM, SHARES), tl.float32)
+    product, total = tl.zeros((BM, SHARES), tl.float32), tl.zeros((BM, SHARES), tl.float32)
     for n in tl.static_range(BN // WIDTH):
-        m, s1, t1 = sigmoid_part(
-            pieces[n], scale, bias, om, column + n * WIDTH, rows, columns, offset, target, QM, KM, QID, KID, W, LIFTED,
-            RP, G, PRODUCT, TOTAL, sg, DESIGNATED, EXCLUDE, MULTI, RAGGED, TF32, BM, WIDTH, UPCAST,
+        w, top, product, total = sigmoid_part(
+            w, top, product, total, pieces[n], scale, bias, om, column + n * WIDTH, rows, columns, offset, target,
+            holds, factor, QM, KM, QID, KID, LIFTED, RP, G, PRODUCT, TOTAL, sg,
+            DESIGNATED, EXCLUDE, MULTI, RAGGED, TF32, BM, WIDTH, UPCAST,
         )  # fmt: skip
-        mass, product, total = mass + m, product + s1, total + t1
     at = pn.to(tl.int64) * rows + om
     if RP is not None:
-        tl.store(RP + at, mass, mask=row_in)
+        tl.store(RP + at, tl.sum(log1p(w) + top, 1), mask=row_in)
     if PRODUCT is not None:
-        tl.store(PRODUCT + at, product, mask=row_in)
+        tl.store(PRODUCT + at, tl.sum(product, 1), mask=row_in)
     if TOTAL is not None:
-        tl.store(TOTAL + at, total, mask=row_in)
+        tl.store(TOTAL + at, tl.sum(total, 1), mask=row_in)
 
 
 @triton.jit
 def sigmoid_part(
-    acc, scale, bias, om, column, rows, columns, offset, target, QM, KM, QID, KID, W, LIFTED, RP, G, PRODUCT, TOTAL, sg,
+    w, top, product, total, acc, scale, bias, om, column, rows, columns, offset, target, holds, factor,
+    QM, KM, QID, KID, LIFTED, RP, G, PRODUCT, TOTAL, sg,
     DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr, TF32: tl.constexpr,
     BM: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A part's weights into G; returns `[BM]` sums of softplus, of weight times product, and of weights."""
+    """A part's weights into G; returns the row's `[BM, SHARES]` w, and its sums of max(x, 0), of weight times product,
+    and of weights, with the part's in them.
+    """
     PAIRS: tl.constexpr = RAGGED or EXCLUDE or (QM is not None) or (KM is not None)
     on = column + tl.arange(0, WIDTH)
-    x, ok, found = signed(
-        acc, scale, bias, om, on, rows, columns, offset, target, QM, KM, QID, KID, DESIGNATED, EXCLUDE, MULTI, RAGGED
-    )
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    if PAIRS:
-        e = tl.where(ok, e, 0.0)
+    s = logit(acc, scale, bias)
+    if PAIRS or MULTI:
+        ok, found = judged(om, on, rows, columns, offset, target, QM, KM, QID, KID, EXCLUDE, MULTI, RAGGED)
+        if PAIRS:
+            s = tl.where(ok, s, -float("inf"))
+        e = tl.exp2(tl.abs(s) * -LOG2E)
+        over, numerator = sides(s, e, found, BM, WIDTH)
+    else:
+        e = tl.exp2(tl.abs(s) * -LOG2E)
+        if holds:
+            over, numerator = sides(s, e, target[:, None] == on[None, :], BM, WIDTH)
+        else:
+            over, numerator = folded(tl.maximum(s, 0.0), BM, WIDTH), tl.where(s >= 0.0, 1.0, e)
     e1, e2, e3, e4 = quarters(e, BM, WIDTH)
-    mass, product, total = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    u1, u2, u3, u4 = 1.0 + e1, 1.0 + e2, 1.0 + e3, 1.0 + e4
+    w12, w34 = tl.fma(e1, u2, e2), tl.fma(e3, u4, e4)
+    u12, u34 = 1.0 + w12, 1.0 + w34
+    w4 = tl.fma(w12, u34, w34)
+    w_left, w_right = halves(w4, BM, WIDTH // 4)
+    u_left, u_right = halves(1.0 + w4, BM, WIDTH // 4)
+    w8 = tl.fma(w_left, u_right, w_right)
+    u8 = 1.0 + w8
     if RP is not None:
-        top = tl.maximum(x, 0.0)
-        if PAIRS:
-            top = tl.where(ok, top, 0.0)
-        w12, w34 = e1 + e2 + e1 * e2, e3 + e4 + e3 * e4
-        mass = tl.sum(log1p(w12 + w34 + w12 * w34), 1) + tl.sum(top, 1)
+        w = tl.fma(w, u8, w8)
+        top += over
     if G is not None:
-        p12, p34 = (1.0 + e1) * (1.0 + e2), (1.0 + e3) * (1.0 + e4)
-        every = 1.0 / (p12 * p34)
-        i12, i34 = p34 * every, p12 * every  # 1 / p12 and 1 / p34
-        left = joined((1.0 + e2) * i12, (1.0 + e1) * i12, BM, WIDTH // 2)
-        right = joined((1.0 + e4) * i34, (1.0 + e3) * i34, BM, WIDTH // 2)
-        inverse = joined(left, right, BM, WIDTH)
-        g = tl.where(x >= 0.0, inverse, e * inverse)
-        g = tl.where(found, -g, g) * tl.load(W + om, mask=om < rows, other=0.0)[:, None]
+        every = factor[:, None] / u8  # from here on a reciprocal is a quotient: the row's weight over it
+        i4 = joined(u_right * every, u_left * every, BM, WIDTH // 4)
+        i12, i34 = u34 * i4, u12 * i4
+        left = joined(u2 * i12, u1 * i12, BM, WIDTH // 2)
+        right = joined(u4 * i34, u3 * i34, BM, WIDTH // 2)
+        g = joined(left, right, BM, WIDTH) * numerator
         if PAIRS:
-            g = tl.where(ok, g, 0.0)
+            g = tl.where(ok, g, 0.0)  # what shares with it may be NaN
         if PRODUCT is not None:
             each = g * acc
             if PAIRS:
                 each = tl.where(ok, each, 0.0)  # an absent row's product may be NaN
-            product = tl.sum(each, 1)
+            product += folded(each, BM, WIDTH)
         if TOTAL is not None:
-            total = tl.sum(g, 1)
+            total += folded(g, BM, WIDTH)
         if LIFTED is not None:
             g = g * tl.load(LIFTED)
         if TF32:
@@ -196,16 +245,26 @@ def sigmoid_part(
             tl.store(at, narrow(g, G, UPCAST), mask=(om < rows)[:, None] & (on < columns)[None, :])
         else:
             tl.store(at, narrow(g, G, UPCAST))
-    return mass, product, total
+    return w, top, product, total
 
 
 def plain_sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain twin: row sums of softplus(x), and sigmoid(x), for `x [r, 4 k]` in float32, four at a time."""
+    """The plain twin: row sums of softplus(x), and sigmoid(x), for `x [r, 32 k]` in float32.
+
+    Eight share a reciprocal, 32 a logarithm.
+    """
     e = torch.exp2(-x.abs() * LOG2E.value)
-    e1, e2, e3, e4 = e.chunk(4, dim=1)
-    w12, w34 = e1 + e2 + e1 * e2, e3 + e4 + e3 * e4
-    mass = torch.log1p(w12 + w34 + w12 * w34).sum(1) + x.clamp(min=0).sum(1)
-    p12, p34 = (1 + e1) * (1 + e2), (1 + e3) * (1 + e4)
-    every = 1 / (p12 * p34)
-    inverse = torch.cat([(1 + e2) * p34, (1 + e1) * p34, (1 + e4) * p12, (1 + e3) * p12], dim=1) * every.repeat(1, 4)
+    w, levels = e.reshape(len(x), 8, -1), []
+    while w.shape[1] > 1:
+        left, right = w.chunk(2, dim=1)
+        levels.append((1 + left, 1 + right))
+        w = left * (1 + right) + right
+    inverse = 1 / (1 + w)
+    for left, right in reversed(levels):
+        inverse = torch.cat([right * inverse, left * inverse], dim=1)
+    inverse = inverse.reshape(e.shape)
+    whole = torch.zeros(())
+    for each in w.reshape(len(x), -1, 4).unbind(2):
+        whole = whole * (1 + each) + each
+    mass = torch.log1p(whole).sum(1) + x.clamp(min=0).sum(1)
     return mass, torch.where(x >= 0, inverse, e * inverse)
