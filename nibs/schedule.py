@@ -194,7 +194,6 @@ class Call:
         self._held: dict[str, Any] = {}
         self._designate(margin)
         self._weigh_anchors()
-        self._look_for_poison()
         self.rows = self._statistics(request.n, queries=True)
         self.columns = self._statistics(request.m, queries=False)
         if self.problem.multi:
@@ -203,6 +202,7 @@ class Call:
         self.product: Any = tiles.total(tiles.zeros(0))
         self.weight = self.product
         self.factor: Any = None
+        self.query_poison: Any = None
         self.column_ratio = tiles.scalar(1.0)
         self.upstream: Any = None
         whole = {"none": 1.0, "sum": 1.0, "mean": float(self.ring.size)}[request.grad_reduction]
@@ -247,18 +247,25 @@ class Call:
             some = total > 0
             self.unit = tiles.cast(xp.where(some, total / xp.where(some, count, 1.0), 1.0))
             self.anchor_weight = weights / self.unit
+        # How many positives a row has, and a key. None: one each, for all are there, and the diagonal is the rule.
+        self.row_count = self.column_count = None
         if self.designated is not None and not self.problem.multi:
-            weight = self.anchor_weight
-            if self.designated.targets is None:  # without masks, too: all are there, and each has its own
-                self.row_count = ones
-            else:
+            count, weight = ones, self.anchor_weight
+            if self.designated.targets is not None:
                 valid = self.designated.valid()
-                self.row_count, weight = xp.where(valid, one, zero), xp.where(valid, weight, zero)
-            self.column_count = self.designated.to_keys(self.row_count)
+                count, weight = xp.where(valid, one, zero), xp.where(valid, weight, zero)
+                self.row_count = count
+            if self.designated.targets is not None or request.n < request.m:
+                self.column_count = self.designated.to_keys(count)
             self.column_weight = self.designated.to_keys(weight)
 
     def _look_for_poison(self) -> None:
-        """NaN for each present row that is not finite, else 0; an infinite key may hide behind exp(-inf)."""
+        """NaN for each present row that is not finite, else 0; an infinite key may hide behind exp(-inf).
+
+        Once in a call; after the tiles where it can be, so that a device has work before the host gets to this.
+        """
+        if self.query_poison is not None:
+            return
         request, tiles = self.request, self.tiles
         vectors = []
         for rows, mask in ((request.queries, request.query_mask), (request.keys, request.key_mask)):
@@ -435,6 +442,7 @@ class Call:
     def _close(self) -> Any:
         """Statistics to the loss, equation (1) or (3); also the factor that gradients wait for."""
         tiles, request, problem = self.tiles, self.request, self.problem
+        self._look_for_poison()
         values, weights = self._anchors(queries=True) if problem.rows else (None, None)
         numerators = [tiles.total(values)] if problem.rows else []
         denominators = [tiles.total(weights)] if problem.rows else []
@@ -455,17 +463,13 @@ class Call:
             return sum(each[1:], each[0]) * (self.unit / sides)
         if request.reduction == "sum":
             return tiles.cast(sum(self.values[1:], self.values[0]) / sides) * self.unit
-        where = tiles.xp.where
-        means = [
-            where(weight > 0, value / where(weight > 0, weight, 1.0), 0.0)
-            for value, weight in zip(self.values, self.denominators, strict=True)
-        ]
+        means = [self._quotient(*pair) for pair in zip(self.values, self.denominators, strict=True)]
         return tiles.cast(sum(means[1:], means[0]) / sides)
 
     def _anchors(self, *, queries: bool) -> tuple[Any, Any]:
         """Weighted values and weights of one side's anchors, 0 for the rest."""
         tiles, xp = self.tiles, self.tiles.xp
-        zero = tiles.scalar(0.0)
+        zero, one = tiles.scalar(0.0), tiles.scalar(1.0)
         weights = self._anchor_weights(slice(None), queries=queries)
         counted = weights != 0
         own, others = (self.query_poison, self.keys_poison) if queries else (self.key_poison, self.queries_poison)
@@ -477,41 +481,46 @@ class Call:
             total = lse.positive_sum
             if total is None:  # columns of designated pairs: their rows' logits, seen from the other side
                 total = self.designated.to_keys(self.rows.positive_sum)  # type: ignore[union-attr]
-            mean = total / xp.where(count > 0, count, 1.0)
+            mean = self._each(total, count)
             # lse - mean, in the order that keeps both the tiny and the huge: mass exp(shift - mean) >= 1 or so
             distance = lse.shift - mean
-            near = xp.maximum(xp.minimum(distance, tiles.scalar(20.0)), tiles.scalar(-60.0))
-            mass = xp.where(counted, lse.mass * xp.exp(xp.where(counted, near, zero)), 1.0)
+            near = xp.clip(distance, -60.0, 20.0)
+            mass = xp.where(counted, lse.mass * xp.exp(near), one)
             value = xp.log(mass) + (distance - near)
             if self.smoothing:
-                allowed = lse.allowed_sum / xp.where(lse.allowed_count > 0, lse.allowed_count, 1.0)
+                allowed = self._each(lse.allowed_sum, lse.allowed_count)
                 value = value + self.smoothing * (mean - allowed)
             value = xp.maximum(value, zero)
         return xp.where(counted, weights * (value + own + others), zero), weights
 
     def _anchor_weights(self, where: slice, *, queries: bool) -> Any:
         """`[rows]`: weight of each anchor, 0 for a row that is none."""
-        tiles, xp = self.tiles, self.tiles.xp
-        zero = tiles.scalar(0.0)
-        if queries:
-            if not self.problem.softmax:
-                return self.anchor_weight[where]
-            return xp.where(self.row_count[where] > 0, self.anchor_weight[where], zero)
-        count, weight = self.column_count[where], self.column_weight[where]
-        return xp.where(count > 0, weight / xp.where(count > 0, count, 1.0), zero)
+        if not queries:
+            return self._each(self.column_weight[where], self.column_count, where)  # the weight of none is 0
+        weight = self.anchor_weight[where]
+        if not self.problem.softmax or self.row_count is None:
+            return weight
+        return self.tiles.xp.where(self.row_count[where] > 0, weight, self.tiles.scalar(0.0))
+
+    def _each(self, sums: Any, count: Any, where: slice = slice(None)) -> Any:
+        """Means of sums over so many, 0 or more; None: over one. where: the rows that the sums are of."""
+        return sums if count is None else sums / self.tiles.xp.maximum(count[where], self.tiles.scalar(1.0))
+
+    def _quotient(self, value: Any, weight: Any) -> Any:
+        """`value / weight`, 0-d, 0 where no weight is left."""
+        tiles, some = self.tiles, weight > 0
+        return tiles.xp.where(some, value / tiles.xp.where(some, weight, tiles.scalar(1.0)), tiles.scalar(0.0))
 
     def _settle(self, denominators: tuple[Any, ...]) -> None:
         """The factor that every gradient carries, and the columns' weight beside the rows'."""
-        tiles, xp, request = self.tiles, self.tiles.xp, self.request
+        tiles = self.tiles
         self.denominators = denominators
         sides = len(denominators)
         self.column_ratio = tiles.scalar(1.0)
-        if request.reduction == "mean":
-            first = denominators[0]
-            factor = tiles.cast(xp.where(first > 0, 1.0 / (sides * xp.where(first > 0, first, 1.0)), 0.0))
+        if self.request.reduction == "mean":
+            factor = tiles.cast(self._quotient(1.0 / sides, denominators[0]))
             if sides == 2:
-                second = denominators[1]
-                self.column_ratio = tiles.cast(xp.where(second > 0, first / xp.where(second > 0, second, 1.0), 0.0))
+                self.column_ratio = tiles.cast(self._quotient(*denominators))
         else:
             factor = self.unit / sides
         self.settled = self.factor = factor * (1 + self.queries_poison + self.keys_poison)
@@ -573,11 +582,10 @@ class Call:
         mass = xp.where(counted, lse.mass, one)
         shift = xp.where(counted, lse.shift + xp.log(mass), tiles.scalar(INFINITY))
         mass = mass * xp.exp(xp.where(counted, lse.shift - shift, zero))
-        count = (self.row_count if queries else self.column_count)[where]
-        target = anchor * (1 - self.smoothing) / xp.where(count > 0, count, one)
-        smooth = None
+        target, smooth = anchor, None
         if self.smoothing:
-            smooth = anchor * self.smoothing / xp.where(lse.allowed_count > 0, lse.allowed_count, one)
+            target, smooth = anchor * (1 - self.smoothing), self._each(anchor * self.smoothing, lse.allowed_count)
+        target = self._each(target, self.row_count if queries else self.column_count, where)
         return Weights(anchor / mass, shift, target, smooth)
 
     def _sinks(self) -> tuple[Sink | None, Sink | None]:
@@ -636,6 +644,7 @@ class Call:
         sigmoid waits for none.
         """
         problem, tiles = self.problem, self.tiles
+        self._look_for_poison()
         strip = self.plan.sweep == "strip"
         if not (problem.softmax and problem.multi):  # who is an anchor is known, and so are the denominators
             sides = [queries for queries, wanted in ((True, problem.rows), (False, problem.columns)) if wanted]
@@ -770,9 +779,10 @@ class Call:
             counts.append(tiles.total(xp.where(counted, tiles.scalar(1.0), zero)))
             seen_lse = xp.where(counted, self._lse_of(lse), zero) if problem.softmax else tiles.zeros(0)
             lses.append(tiles.total(seen_lse))
-        anchors = xp.where(self.row_count > 0, self.present, zero) if problem.softmax else self.present
+        count = self.present if self.row_count is None else self.row_count
+        anchors = xp.where(count > 0, self.present, zero) if problem.softmax else self.present
         hits = xp.where(rows.positive_max > rows.negative_max, anchors, zero)
-        vectors = (hits, anchors, rows.positive_sum, self.row_count, rows.allowed_sum, rows.allowed_count)
+        vectors = (hits, anchors, rows.positive_sum, count, rows.allowed_sum, rows.allowed_count)
         totals = self._sums(*(tiles.total(vector) for vector in vectors), *counts, *lses)
         largest = tiles.zeros(self.ring.size)
         if self.request.n:

@@ -184,7 +184,7 @@ def like(rows: Any, array: Any) -> Any:
 class Tiles(Protocol):
     """What an eager backend supplies.
 
-    xp: its namespace, for where, log, exp, maximum, isfinite, stack. lowest: the most negative finite
+    xp: its namespace, for where, log, exp, maximum, clip, stack. lowest: the most negative finite
     number of the accumulation dtype.
 
     Tiles that multiply rows in another form than the accumulation dtype have a method `factor(rows, mask)`, which

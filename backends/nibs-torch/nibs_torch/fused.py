@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -124,18 +124,12 @@ def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: 
 
     card = tuning.card_of(torch.device(device))
     item = DTYPES[dtype].itemsize
-    least, least_busy = (
-        min(
-            min(one.rows, one.columns)
-            for name in ("lse", "weights", "sigmoid")
-            for one in (tuning.config(card, name, item, kind=kind) for kind in kinds)
-        )
-        for kinds in (("", "ragged", "loose"), ("busy", "sums", "full", "least"))
-    )
+    least = tuning.narrowest(card, item, ("", "ragged", "loose"))
+    least_busy = tuning.narrowest(card, item, ("busy", "sums", "full", "least"))
     # G, its rows on 16-byte steps; then sums for each tile that a row or a column passes through: three fields of
     # rows for Sigmoid, four of both in tiles twice as wide for InfoNCE; with all statistics eight and seven.
     plain, full = item / 4 + 3 / least + 2**-10, item / 4 + 16 / least_busy + 2**-10
-    sides = [(4096, 4096)] if card.arch == "interpreter" else tuning.macro_tiles(d, item, card.sms, AREA // item)
+    sides = ((4096, 4096),) if card.arch == "interpreter" else tuning.macro_tiles(d, item, card.sms, AREA // item)
     return [
         # A strip of small tiles would wait for its launches: it is taken where its tiles are whole.
         TileHint(rows, columns, full if busy else plain, full, kernel="triton", copies=copies or item == 4, thin=rows)
@@ -207,6 +201,7 @@ class FusedTiles(TorchTiles):
         self.lifts = self.dtype == torch.float16
         self.fixed: dict[str, Any] = {}  # by kernel: a configuration to use instead of the table's
         self._tallied: Any = None  # [2, programs]: of `tally`
+        self._here = torch.cuda.device(device) if device.type == "cuda" else None
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -572,15 +567,16 @@ class FusedTiles(TorchTiles):
     # -- arguments --------------------------------------------------------------------------------
 
     def _config(self, kernel: str, tile: Tile, problem: Problem, *, kept: bool = False) -> Any:
-        if kernel in self.fixed:
-            return self.fixed[kernel]
+        """How to launch it; with `descriptors` only where the copy engine can fetch these rows."""
         kind = self._kind(kernel, tile, problem)
         plain = kind in ("", "ragged")
         if kept:
             kind = "kept" if plain else "least"
-        found = self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, kind=kind)
-        if found.descriptors and not self._described(found, tile):
-            return self.tuning.config(self.card, kernel, self.item, kind="loose" if plain else "least")
+        fixed = self.fixed.get(kernel)
+        found = fixed or self.tuning.config(self.card, kernel, self.item, ieee=self.ieee, kind=kind)
+        if found.descriptors and not self._described(tile):
+            loose = self.tuning.config(self.card, kernel, self.item, kind="loose" if plain else "least")
+            return replace(fixed or loose, descriptors=False)
         return found
 
     def _kind(self, kernel: str, tile: Tile, problem: Problem) -> str:
@@ -620,7 +616,7 @@ class FusedTiles(TorchTiles):
         return (counts["programs"],)
 
     def _operands(self, config: Any, tile: Tile) -> tuple[Any, Any]:
-        if not self._described(config, tile):
+        if not config.descriptors:
             return tile.queries, tile.keys
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -629,9 +625,9 @@ class FusedTiles(TorchTiles):
             TensorDescriptor.from_tensor(tile.keys, [config.columns, config.width]),
         )
 
-    def _described(self, config: Any, tile: Tile) -> bool:
+    def _described(self, tile: Tile) -> bool:
         """Whether the copy engine can fetch these rows: contiguous, on 16-byte steps, and none of them twice."""
-        return config.descriptors and all(
+        return all(
             rows.stride(1) == 1
             and rows.stride(0) >= rows.shape[1]
             and rows.stride(0) * self.item % 16 == 0
@@ -674,7 +670,7 @@ class FusedTiles(TorchTiles):
             "BN": config.columns,
             "BK": config.width,
             "GROUP": config.group,
-            "DESC": self._described(config, tile),
+            "DESC": config.descriptors,
             "PERSISTENT": config.per_sm > 0,
             "PRECISION": "tf32" if self.tf32 else "ieee",
             "UPCAST": self.upcast,
@@ -711,8 +707,8 @@ class FusedTiles(TorchTiles):
     def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Any = None, **named: Any) -> None:
         """Launch on this device's current stream."""
         options = options_of(config, self.card)
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
+        if self._here is not None:
+            with self._here:
                 kernel[grid](*arguments, **named, **options)
         else:
             import numpy

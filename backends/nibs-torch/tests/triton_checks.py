@@ -166,8 +166,11 @@ def test_the_shape_of_tiles_and_who_fetches_them_change_nothing(
 ) -> None:
     queries, keys = batch(n, m, d)
     plain = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
-    monkeypatch.setattr(tuning, "INTERPRETER", (config,))
-    loss, grads = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "INTERPRETER", (config,))
+        tuning.forget()
+        loss, grads = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
+    tuning.forget()
     torch.testing.assert_close(loss, plain[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(grads.queries, plain[1].queries, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(grads.keys, plain[1].keys, rtol=1e-5, atol=1e-7)
@@ -246,7 +249,7 @@ def test_our_own_product_equals_the_librarys(transposed: bool, lifted: bool) -> 
 
 def test_a_measured_choice_comes_before_the_table(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIBS_TUNING", str(tmp_path / "tuning.json"))
-    tuning._cache.cache_clear()
+    tuning.forget()
     card = tuning.Card("a card", "sm_90", 132, 227 * 1024)
     times = {one: 1.0 for one in tuning.choices("sm_90", "lse", 2)}
     slowest = tuning.choices("sm_90", "lse", 2)[-1]
@@ -254,7 +257,7 @@ def test_a_measured_choice_comes_before_the_table(tmp_path: Any, monkeypatch: py
     assert next(iter(tuning.tune(card, "lse", 2, times.get))) == slowest
     assert tuning.config(card, "lse", 2) == slowest
     assert tuning.config(card, "weights", 2) == tuning.choices("sm_90", "weights", 2)[0]
-    tuning._cache.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a card": {"rows": 128, "colour": 3}}', '{"a card": 128}'])
@@ -262,7 +265,7 @@ def test_a_file_that_holds_no_choices_is_named(text: str, tmp_path: Any, monkeyp
     path = tmp_path / "tuning.json"
     path.write_text(text)
     monkeypatch.setenv("NIBS_TUNING", str(path))
-    tuning._cache.cache_clear()
+    tuning.forget()
     with pytest.raises(InvalidInput, match=r"tuning\.json holds no tuning results"):
         tuning.config(tuning.Card("a card", "sm_90", 132, 227 * 1024), "lse", 2)
 

@@ -170,13 +170,24 @@ def shared_bytes(config: Config, item: int) -> int:
     return operands + 2 * KIB * config.warps + KIB  # barriers
 
 
+@lru_cache(maxsize=512)
 def config(card: Card, kernel: str, item: int, *, ieee: bool = False, kind: str = "") -> Config:
-    """What was measured on this card, else the first choice that fits it."""
+    """What was measured on this card, else the first choice that fits it.
+
+    Remembered, for each launch asks: what it goes by, the table and the file, is read once in a process (`forget`).
+    """
     kept = None if kind else _cache().get(_key(card, kernel, item, ieee))
     if kept is not None:
         return kept
     found = choices(card.arch, kernel, item, ieee=ieee, kind=kind)
     return next((one for one in found if shared_bytes(one, item) <= card.shared), found[-1])
+
+
+@lru_cache(maxsize=64)
+def narrowest(card: Card, item: int, kinds: tuple[str, ...]) -> int:
+    """The fewest rows or columns that a tile has, of the kernels and kinds that large batches take."""
+    found = [config(card, name, item, kind=kind) for name in ("lse", "weights", "sigmoid") for kind in kinds]
+    return min(min(one.rows, one.columns) for one in found)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -202,7 +213,8 @@ def card_of(device: Any) -> Card:
     return Card(facts.name, architecture((facts.major, facts.minor)), sms, shared)
 
 
-def macro_tiles(d: int, item: int, sms: int, area: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=64)
+def macro_tiles(d: int, item: int, sms: int, area: int) -> tuple[tuple[int, int], ...]:
     """Macro tiles for weights of `item` bytes, up to `area` elements: those first that move the fewest bytes.
 
     Both sides are multiples of 256 that keep the library's products at whole waves: `(side / 128) ceil(d / 256)` tiles
@@ -224,7 +236,7 @@ def macro_tiles(d: int, item: int, sms: int, area: int) -> list[tuple[int, int]]
     oblong = [(rows, columns) for columns in fullest for rows in fullest if columns < rows <= 4 * columns]
     found = [one for one in squares + oblong if one[0] * one[1] <= area]
     found.sort(key=lambda one: 1 / one[0] + 1 / one[1])
-    return found or [(max(256, int(area**0.5) // 256 * 256),) * 2]
+    return tuple(found) or ((max(256, int(area**0.5) // 256 * 256),) * 2,)
 
 
 # -- the cache, and the command that fills it -------------------------------------------------------
@@ -247,6 +259,12 @@ def _cache() -> dict[str, Config]:
         from nibs.errors import InvalidInput
 
         raise InvalidInput(f"{path} holds no tuning results ({error}): remove it, or tune again.") from error
+
+
+def forget() -> None:
+    """Read the file again when a configuration is next asked for: it, or the table, is no longer what it was."""
+    for remembered in (_cache, config, narrowest):
+        remembered.cache_clear()
 
 
 def _key(card: Card, kernel: str, item: int, ieee: bool) -> str:
@@ -277,7 +295,7 @@ def tune(
     whole = path.with_name(f"{path.name}.{os.getpid()}")
     whole.write_text(json.dumps({key: asdict(one) for key, one in kept.items()}, indent=1, sort_keys=True) + "\n")
     whole.replace(path)  # at once: another process may be reading
-    _cache.cache_clear()
+    forget()
     return times
 
 
