@@ -59,7 +59,6 @@ class Sink:
         if not strips and not travels:
             self.whole = Share(call, rows, accumulator(call, rows, size))
         self.strip: Any = None
-        self.factor: Any = None  # of every part, known when the first is complete
 
     def at(self, where: slice) -> Any:
         """The accumulator rows for `where`."""
@@ -93,15 +92,14 @@ class Sink:
         return out
 
     def _scaled(self, part: Any, where: slice) -> Any:
-        """Count `<g k, q>` towards the scale's gradient, then apply the factors in place."""
+        """Count `<g k, q>` towards the scale's gradient, then apply the factor in place, unless the caller will."""
         call = self.call
         mask = None if self.mask is None else self.mask[where]
         if self.product:
             operand = call.tiles.operand(self.rows[where], mask)
             call.product = call.product + call.tiles.total((part * operand).sum(1))
-        if self.factor is None:
-            self.factor = call.factor * call.scale * call.share_of_rows
-        part *= self.factor
+        if not call.bare:
+            part *= call.of_rows()
         if mask is not None:
             part[~mask] = 0  # absent rows stay exactly 0, also beside NaN
         return part
@@ -147,13 +145,21 @@ class Call:
 
     `loss()` or `loss_and_grad()` runs it; after `loss()`, `gradient(upstream)` recomputes the tiles for
     the gradient. With `hold`, gradients stay in the accumulation dtype, for a caller that has an upstream
-    factor to apply before they are rounded.
+    factor to apply before they are rounded. With `bare`, too, those of queries and keys lack their factor, `of_rows()`,
+    which that caller applies with the other in one pass; not for rows that stream.
     """
 
     def __init__(
-        self, request: Request, tiles: Tiles, plan: Plan, ring: Ring | None = None, *, hold: bool = False
+        self,
+        request: Request,
+        tiles: Tiles,
+        plan: Plan,
+        ring: Ring | None = None,
+        *,
+        hold: bool = False,
+        bare: bool = False,
     ) -> None:
-        self.request, self.tiles, self.plan = request, tiles, plan
+        self.request, self.tiles, self.plan, self.bare = request, tiles, plan, bare
         self.fused = getattr(tiles, "fused", False)
         rounds_weights = self.fused or getattr(tiles, "rounds_weights", False)
         self.ring: Ring = ring if ring is not None else Solo()
@@ -202,6 +208,7 @@ class Call:
         self.product: Any = tiles.total(tiles.zeros(0))
         self.weight = self.product
         self.factor: Any = None
+        self._of_rows: Any = None
         self.query_poison: Any = None
         self.column_ratio = tiles.scalar(1.0)
         self.upstream: Any = None
@@ -560,8 +567,14 @@ class Call:
             if self.request.reduction == "none":
                 self.upstream = upstream
             else:
-                self.factor = self.settled * upstream
+                self.factor, self._of_rows = self.settled * upstream, None
         return self._gradient_pass(None)
+
+    def of_rows(self) -> Any:
+        """The factor of queries' and keys' gradients, 0-d, once the loss is known."""
+        if self._of_rows is None:
+            self._of_rows = self.factor * self.scale * self.share_of_rows
+        return self._of_rows
 
     def _weights(self, where: slice, *, queries: bool) -> Weights:
         """Gradient weights of rows (columns) `where`, whose statistics are complete."""

@@ -26,7 +26,7 @@ from nibs.request import WRT, Request
 from nibs.ring import Solo
 from nibs.spec import InfoNCE, Stats
 
-__all__ = ["ARRAYS", "ForeignKernels", "Job", "Kernels", "differentiable_loss"]
+__all__ = ["ARRAYS", "ForeignKernels", "Job", "Kernels", "differentiable_loss", "factors"]
 
 ARRAYS = (*WRT, "targets", "query_ids", "key_ids", "query_mask", "key_mask", "weights")
 """Fields of a request that hold arrays: those that can carry gradients first."""
@@ -38,7 +38,10 @@ class Kernels(Protocol):
     """Who computes. `request.wrt` names the inputs that want a gradient; its tensors are detached."""
 
     def forward(self, request: Request, *, deferred: bool) -> tuple[Tensor, list[Tensor], Stats | None]:
-        """The loss; then the gradients named in `wrt`, in the accumulation dtype, or what `backward` asks for."""
+        """The loss; then the gradients named in `wrt`, in the accumulation dtype, or what `backward` asks for.
+
+        After the gradients there may be a factor, 0-d, that those of queries and keys still lack: see `factors`.
+        """
         ...
 
     def backward(self, request: Request, saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -191,11 +194,18 @@ def _gradients(job: Job, tensors: Sequence[Tensor | None], saved: Sequence[Tenso
     if job.deferred:
         found = job.kernels.backward(job.filled(tensors), saved, upstream)
         return [one.to(like.device, like.dtype) for one, like in zip(found, likes, strict=True)]
+    each = zip(saved, factors(job.request.wrt or (), saved, upstream), likes)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return [(one * upstream).to(like.device, like.dtype) for one, like in zip(saved, likes, strict=True)]
+        return [(one * factor).to(like.device, like.dtype) for one, factor, like in each]
     last = _last_backward()
     plain = last and upstream.device.type == "cpu" and upstream.item() == 1.0  # loss.backward(), and nobody in between
-    return [_rounded(one, upstream, like, last=last, plain=plain) for one, like in zip(saved, likes, strict=True)]
+    return [_rounded(one, factor, like, last=last, plain=plain and factor is upstream) for one, factor, like in each]
+
+
+def factors(wrt: Sequence[str], saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """What each gradient named in `wrt` is to be multiplied by: the upstream factor, and the one that rows may lack."""
+    of_rows = upstream * saved[-1] if len(saved) > len(wrt) else upstream
+    return [of_rows if name in ("queries", "keys") else upstream for name in wrt]
 
 
 def _rounded(gradient: Tensor, upstream: Tensor, like: Tensor, *, last: bool, plain: bool) -> Tensor:

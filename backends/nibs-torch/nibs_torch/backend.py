@@ -184,7 +184,7 @@ class ScheduleKernels:
                 return loss, [getattr(gradients, name) for name in request.wrt or ()], None
             if deferred:
                 _plan(request, grad=True, deferred=True)  # a budget too small for the backward is said now
-            call = _call(request, grad=not deferred, hold=True)
+            call = _call(request, grad=not deferred, hold=True, bare=not deferred)
             if deferred:
                 loss = call.loss()
                 sizes = (request.n, request.m)
@@ -193,6 +193,8 @@ class ScheduleKernels:
             else:
                 loss, gradients = call.loss_and_grad()
                 saved = [getattr(gradients, name) for name in request.wrt or ()]
+                if call.bare:
+                    saved.append(call.of_rows())
             return loss, saved, call.stats() if request.stats else None
 
     def backward(self, request: Request, saved: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -215,14 +217,15 @@ UNCHECKED = ScheduleKernels(checked=False)
 COMPILED = tracing.CompiledKernels()
 
 
-def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Call:
+def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False, bare: bool = False) -> Call:
+    """bare: gradients of rows without their factor, where the fused kernels made them: on a GPU that saves a pass."""
     if request.streams:
         request = streamed(request, hold=hold)
     plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
     device = request.queries.device
     fused = plan.kernel == "triton"
     tiles = FusedTiles(request.dtype, device, request.precision) if fused else TorchTiles(request.dtype, device)
-    return Call(request, tiles, plan, request.ring, hold=hold)
+    return Call(request, tiles, plan, request.ring, hold=hold, bare=bare and fused)
 
 
 def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:

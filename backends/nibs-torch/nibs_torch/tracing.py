@@ -28,7 +28,7 @@ from nibs.request import Request, bad_rows
 from nibs.ring import Ring
 from nibs.spec import InfoNCE, Sigmoid, Stats
 from nibs.verbs import LSE_FIELDS
-from nibs_torch.autograd import ARRAYS
+from nibs_torch.autograd import ARRAYS, factors
 from nibs_torch.tiles import DTYPES, capturing
 
 __all__ = ["CompiledKernels", "answer", "defers", "is_symbolic", "spell"]
@@ -187,7 +187,12 @@ def forward(tensors: Sequence[Tensor | None], key: str) -> list[Tensor]:
 
     request, deferred = _restore(tensors, key)
     loss, saved, _ = KERNELS.forward(request, deferred=deferred)
-    return [loss, *(_padded(saved, request) if deferred else saved)]
+    if deferred:
+        return [loss, *_padded(saved, request)]
+    names = request.wrt or ()
+    if len(saved) > len(names):  # the program knows of gradients alone
+        saved = [one.mul_(factor) for one, factor in zip(saved, factors(names, saved, loss.new_ones(())))]
+    return [loss, *saved]
 
 
 @forward.register_fake

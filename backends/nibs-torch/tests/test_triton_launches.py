@@ -144,6 +144,7 @@ def test_a_macro_tile_of_a_gradient_takes_few_launches(
     first, *_, last = (place for place, name in enumerate(operators.seen) if name == kernels[0])
     assert operators.seen[last : last + len(kernels)] == kernels
     assert last - first == 35 * len(kernels) + 1  # zeros, for the tally to begin with
+    assert "mul_" not in operators.seen  # no pass over a gradient but the one that rounds it
 
 
 def test_the_suite_has_a_meter_for_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,28 @@ def test_the_scale_gradient_sees_weights_before_they_are_rounded(objective: Any)
     np.testing.assert_allclose(float(grads.scale), expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled", "functional"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_applies_the_factor_that_the_forward_left_out(how: str, dtype: torch.dtype) -> None:
+    mask = torch.arange(70) % 7 != 0
+    scale = torch.tensor(9.0)
+
+    def loss(queries: Any, keys: Any, scale: Any) -> Any:
+        return 512 * nibs.contrastive_loss(queries, keys, scale=scale, query_mask=mask, reduction="sum")
+
+    inputs = [one.requires_grad_() for one in (*batch(dtype=dtype), scale)]
+    if how == "functional":
+        found = torch.func.grad(loss, argnums=(0, 1, 2))(*(one.detach() for one in inputs))
+    else:
+        made = torch.compile(loss, backend="eager", fullgraph=True) if how == "compiled" else loss
+        found = torch.autograd.grad(made(*inputs), inputs)
+    _, direct = nibs.contrastive_loss_and_grad(*(one.detach() for one in inputs[:2]), scale=scale.detach(),
+                                               query_mask=mask, reduction="sum")  # fmt: skip
+    for one, expected in zip(found, (direct.queries, direct.keys, direct.scale), strict=True):
+        torch.testing.assert_close(one, 512 * expected, rtol=2e-6, atol=0)
+    assert not found[0][~mask].any()
+
+
 def test_float16_weights_far_below_its_range_survive() -> None:
     queries, keys = batch(70, 70, dtype=torch.float16)
     anchor = torch.full((70,), 1e-9)
