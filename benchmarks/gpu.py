@@ -9,9 +9,10 @@
     check    bits from run to run, a CUDA graph's replay against the eager step, who computes
     speed    forward and backward of `--n` rows at each `--d`, one contender after the other within one run: first the
              distance of loss and gradients from float64, then memory beyond inputs and gradients (`copies`: as many
-             times as the queries take in float32), then the median of `--repeats` steps. Each begins when the last is
-             over, so what the host does before its first launch counts. Of nibs, too: `host_ms`, until a step returns
-             without waiting; `kernels_ms`, the sum of its kernels; `graph_ms`, it replayed from a CUDA graph
+             times as the queries take in float32), then the median of `--repeats` steps, one after the other
+             and none waited for. Of nibs, too: `sm_mhz` and `watts` in the midst of them; `host_ms`, until a step
+             returns without waiting; `kernels_ms`, the sum of one step's kernels, on a card that is cool; `graph_ms`,
+             the step replayed from a CUDA graph
     ring     one rank of eight in one process: a step whose shards are copied by another stream, as a link would,
              against the same step on a ring that moves nothing. The difference is what was exposed
     large    `--copies` times the batch, the same rows again and again: its loss is the small one's and log(copies),
@@ -31,7 +32,9 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -73,22 +76,42 @@ class Where:
         if self.gpu:
             torch.cuda.synchronize()
 
-    def milliseconds(self, work: Callable[[], Any]) -> float:
-        """Of one run, by events of the device."""
+    def times(self, work: Callable[[], Any], repeats: int) -> list[float]:
+        """Milliseconds of each run, by events of the device. None is waited for: the host is ahead, as in training."""
         if not self.gpu:
-            begin = time.perf_counter()
+            found = []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                work()
+                found.append(1e3 * (time.perf_counter() - begin))
+            return found
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for begin_event, end_event in events:
+            begin_event.record()
             work()
-            return 1e3 * (time.perf_counter() - begin)
-        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin_event.record()
-        work()
-        end_event.record()
-        end_event.synchronize()
-        return float(begin_event.elapsed_time(end_event))
+            end_event.record()
+        self.wait()
+        return [begin_event.elapsed_time(end_event) for begin_event, end_event in events]
 
     def median(self, work: Callable[[], Any], repeats: int, warm: int = 2) -> float:
         """After some that do not count."""
-        return statistics.median([self.milliseconds(work) for _ in range(repeats + warm)][warm:])
+        return statistics.median(self.times(work, repeats + warm)[warm:])
+
+    def pulse(self, work: Callable[[], Any], repeats: int) -> dict[str, float]:
+        """The card's clock and power in the midst of so many runs; nothing where no tool tells."""
+        if not self.gpu or (tool := shutil.which("nvidia-smi")) is None:
+            return {}
+        self.wait()
+        for _ in range(repeats):
+            work()
+        asked = [tool, "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"]
+        said = subprocess.run(asked, capture_output=True, text=True)
+        self.wait()
+        try:
+            clock, power = map(float, said.stdout.split(","))
+        except ValueError:
+            return {}
+        return {"sm_mhz": clock, "watts": power}
 
     def host_median(self, work: Callable[[], Any], repeats: int) -> float:
         """Milliseconds until the work is handed over to an idle device, whose end is not waited for."""
@@ -365,11 +388,15 @@ class Run:
         side = 8192 if self.where.gpu else 128
         one, other = (torch.randn(side, side, device=self.where.name, dtype=torch.bfloat16) for _ in range(2))
         product = self.where.median(lambda: one @ other, 10)
+        flops, second = 2 * side**3 / 1e9, int(1e3 / product)
+        row = {"contender": "ceilings", "product_tflops": flops / product}
+        # A card that may not draw what a product at its full clock takes lowers the clock: after a second it has.
+        row["kept_up_tflops"] = flops / statistics.median(self.where.times(lambda: one @ other, second)[second // 2 :])
+        row.update(self.where.pulse(lambda: one @ other, second))
         wide = torch.empty((1 << 30) if self.where.gpu else 1 << 16, device=self.where.name)
         into = torch.empty_like(wide)
         copy = self.where.median(lambda: into.copy_(wide), 10)
-        bandwidth = 2 * wide.numel() * 4 / copy / 1e9
-        return {"contender": "ceilings", "product_tflops": 2 * side**3 / product / 1e9, "copy_tb_s": bandwidth}
+        return {**row, "copy_tb_s": 2 * wide.numel() * 4 / copy / 1e9}
 
     def _measured(self, name: str, make: Any, objective: Any, inputs: Any, right: Any) -> dict[str, Any]:
         where, n = self.where, len(inputs[0])
@@ -390,6 +417,7 @@ class Run:
             row["median_ms"] = self._of_steps(loss, inputs)
             if name == "nibs":
                 row["host_ms"] = where.host_median(lambda: step(loss, inputs), self.options.repeats)
+                row.update(where.pulse(lambda: step(loss, inputs), self.options.repeats))
                 row["kernels"], row["kernels_ms"] = profile(where, lambda: step(loss, inputs))
                 made = nibs.plan(
                     n, *inputs[1].shape, "bfloat16", objective=objective, backend="torch", device=where.name

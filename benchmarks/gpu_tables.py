@@ -138,11 +138,13 @@ def speed(rows: Rows) -> list[str]:
     out = [row["failed"] for row in rows if "contender" not in row]
     measured = sorted((row for row in rows if "objective" in row), key=lambda row: (row["objective"], row["d"]))
     steps = [row for row in measured if row["contender"] == "nibs"]
-    rates = [row["product_tflops"] for row in rows if "product_tflops" in row]
+    rates = [row.get("kept_up_tflops", row["product_tflops"]) for row in rows if "product_tflops" in row]
     for row in rows:
         if "copy_tb_s" in row:
             reached = f"{shown(row['product_tflops'])} TFLOP/s in a product, {shown(row['copy_tb_s'])} TB/s in a copy"
-            out.append(f"The library reaches {reached} here; `products alone` are a step's at that rate.")
+            kept = f", and keeps up {shown(row['kept_up_tflops'])} TFLOP/s" if "kept_up_tflops" in row else ""
+            kept += f" ({shown(row['sm_mhz'])} MHz, {shown(row['watts'])} W)" if "watts" in row else ""
+            out.append(f"The library reaches {reached} here{kept}; `products alone` are a step's at the last rate.")
     if steps:
         heads = ["loss", "n", "d", "ms", "required", "goal", "verdict", "products alone", "workspace MiB", "copies"]
         lines = [step_cells(row, rates) for row in steps]
@@ -172,6 +174,8 @@ BESIDE = {
     "kernels_ms": "all kernels of one step alone",
     "graph_ms": "the step, replayed from a CUDA graph",
     "host_ms": "the host's part of it",
+    "sm_mhz": "the clock meanwhile, MHz",
+    "watts": "the card's power meanwhile, W",
 }
 
 

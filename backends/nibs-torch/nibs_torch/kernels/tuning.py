@@ -67,8 +67,9 @@ class Card:
 #
 # Hopper, whose copies come through descriptors: an SM reads its operands from the L2 cache, 64 flops for each byte in
 # tiles of 128 x 128 and 85 at 128 x 256; at 64, every SM at full rate would read 12 TB/s. So tiles of 128 x 256 come
-# first, whose programs stay and fetch the next tile while they finish one; two programs an SM of 128 x 128 hide more of
-# the finish and read more.
+# first, whose programs stay and fetch the next tile while they finish one. The lse takes 256 x 128: its column sums go
+# from thread to thread, and a thread then holds half as many columns. Two programs an SM of 128 x 128 hide more of the
+# finish and read more: on an H100 they win at d = 512 and lose at 768.
 Choices = dict[str, tuple[Config, ...]]
 AMPERE = {
     **dict.fromkeys(("*", "* busy", "* sums", "* full"), (Config(128, 64, 32, 8, 3),)),
@@ -84,12 +85,10 @@ HALVES: dict[str, Choices] = {
     "sm_89": AMPERE,
     "sm_90": {
         "lse": (
+            Config(256, 128, 64, 8, 3, True, 1),
             Config(128, 256, 64, 8, 3, True, 1),
             Config(128, 256, 64, 8, 4, True, 1),
-            Config(128, 256, 64, 8, 3, True),
-            Config(128, 128, 64, 8, 4, True, 1),
             Config(128, 128, 64, 4, 3, True, 2),
-            Config(256, 128, 64, 8, 3, True, 1),
         ),
         "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
         "lse loose": LOOSE,
@@ -99,8 +98,6 @@ HALVES: dict[str, Choices] = {
         "weights": (
             Config(128, 256, 64, 8, 3, True, 1),
             Config(128, 256, 64, 8, 4, True, 1),
-            Config(128, 256, 64, 8, 3, True),
-            Config(128, 128, 64, 8, 4, True, 1),
             Config(128, 128, 64, 4, 3, True, 2),
         ),
         "weights ragged": (Config(128, 128, 64, 8, 3, True, 1),),
