@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import statistics
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -760,7 +761,7 @@ def _library_widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def time_config(kernel: str, config: Any, device: torch.device, options: Any) -> float | None:
-    """Milliseconds that a kernel takes with `config`, the median of ten launches; None where it cannot run."""
+    """Milliseconds that a kernel takes with `config` on a card that is warm; None where it cannot run."""
     from triton.runtime.errors import OutOfResources
 
     rows, d, dtype = options.rows, options.dim, DTYPES[options.dtype]
@@ -793,12 +794,19 @@ def time_config(kernel: str, config: Any, device: torch.device, options: Any) ->
         call()
     except OutOfResources:
         return None
-    times = []
-    for _ in range(10):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    one = _milliseconds(call, 1)[0]
+    return statistics.median(_milliseconds(call, max(10, int(WARM / max(one, 1e-3))))[-10:])
+
+
+WARM = 500.0  # milliseconds of such work, after which a card has found the clock that its power allows
+
+
+def _milliseconds(call: Any, count: int) -> list[float]:
+    """Of each of so many calls, one after the other."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in events:
         begin.record()
         call()
         end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return float(sorted(times)[5])
+    events[-1][1].synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]

@@ -86,8 +86,8 @@ HALVES: dict[str, Choices] = {
     "sm_90": {
         "lse": (
             Config(256, 128, 64, 8, 3, True, 1),
+            Config(256, 128, 64, 8, 3, True, 1, 16),
             Config(128, 256, 64, 8, 3, True, 1),
-            Config(128, 256, 64, 8, 4, True, 1),
             Config(128, 128, 64, 4, 3, True, 2),
         ),
         "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
@@ -97,6 +97,7 @@ HALVES: dict[str, Choices] = {
         "lse sums": (Config(128, 64, 64, 8, 4, True, 1),),
         "weights": (
             Config(128, 256, 64, 8, 3, True, 1),
+            Config(128, 256, 64, 8, 3, True, 1, 16),
             Config(128, 256, 64, 8, 4, True, 1),
             Config(128, 128, 64, 4, 3, True, 2),
         ),
@@ -106,7 +107,7 @@ HALVES: dict[str, Choices] = {
         "weights loose": LOOSE,
         "sigmoid": (
             Config(128, 256, 64, 8, 3, True, 1),
-            Config(128, 128, 64, 8, 3, True, 1),
+            Config(128, 256, 64, 8, 3, True, 1, 16),
             Config(128, 128, 64, 8, 4, True, 1),
             Config(128, 64, 64, 8, 4, True, 1),
         ),
