@@ -165,6 +165,7 @@ class Call:
         self.ring: Ring = ring if ring is not None else Solo()
         self.rounds_scalars = not hold
         self.rounds = not hold and tiles.rounds(request.dtype)
+        self.early = self.ring.size == 1 and (self.rounds or request.streams)  # a strip leaves when it is complete
         objective = request.objective
         softmax = objective if isinstance(objective, InfoNCE) else None
         self.smoothing = softmax.label_smoothing if softmax else 0.0
@@ -605,7 +606,7 @@ class Call:
         """A sink for each side that wants a gradient; only the outer side of one device can round early."""
         request = self.request
         out = request.out or {}
-        early = (self.rounds or request.streams) and self.factor is not None and self.ring.size == 1
+        early = self.early and self.factor is not None
         split = self.plan.sweep == "split"
         scale = request.wants("scale") and not self.problem.total_product
         queries = keys = None
@@ -657,9 +658,9 @@ class Call:
         sigmoid waits for none.
         """
         problem, tiles = self.problem, self.tiles
-        self._look_for_poison()
         strip = self.plan.sweep == "strip"
-        if not (problem.softmax and problem.multi):  # who is an anchor is known, and so are the denominators
+        if self.early and not (problem.softmax and problem.multi):  # who is an anchor is known: so are the denominators
+            self._look_for_poison()
             sides = [queries for queries, wanted in ((True, problem.rows), (False, problem.columns)) if wanted]
             weights = [tiles.total(self._anchor_weights(slice(None), queries=queries)) for queries in sides]
             self._settle(self._sums(*weights))

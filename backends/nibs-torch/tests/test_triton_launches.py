@@ -147,6 +147,15 @@ def test_a_macro_tile_of_a_gradient_takes_few_launches(
     assert "mul_" not in operators.seen  # no pass over a gradient but the one that rounds it
 
 
+@pytest.mark.parametrize("objective, kernel", [(nibs.InfoNCE(), "lse"), (nibs.Sigmoid(), "sigmoid")])
+def test_a_step_launches_little_before_its_first_tile(
+    objective: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with calls(CARDS["sm_90"], monkeypatch) as launches, Operators(launches) as operators:
+        nibs.contrastive_loss(rows(N), rows(N), objective=objective, bias=-10.0)
+    assert operators.seen.index(kernel) <= 15  # zeros, mostly
+
+
 def test_the_suite_has_a_meter_for_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     held = iter([100, 700])
     for name, found in {"synchronize": None, "reset_peak_memory_stats": None}.items():
