@@ -115,7 +115,7 @@ def weights(
     TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     DESC: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program, or every `programs`-th one. GUARD: False only in the test that shows what it is for."""
+    """One tile a program, or every `programs`-th one."""
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):
             weights_tile(
