@@ -39,6 +39,7 @@ from nibs_torch.kernels.tile import (
     halves,
     joined,
     logit,
+    meets,
     parts,
     permitted,
     place,
@@ -67,16 +68,6 @@ def log1p(w):
 def folded(x, BM: tl.constexpr, WIDTH: tl.constexpr):
     """`[BM, SHARES]` sums of `x [BM, WIDTH]`, each over columns of one thread."""
     return tl.sum(tl.reshape(x, (BM, WIDTH // SHARES, SHARES)), 1)
-
-
-@triton.jit
-def meets(target, row, column, offset, BM: tl.constexpr, BN: tl.constexpr, DESIGNATED: tl.constexpr):
-    """Whether a tile holds a designated positive. The diagonal's are known to lie in it by where it begins."""
-    if DESIGNATED == 1:
-        first = row.to(tl.int64) + offset
-        return (first < column + BN) & (first + BM > column)
-    else:
-        return tl.max(((target >= column) & (target < column + BN)).to(tl.int32), 0) != 0
 
 
 @triton.jit
@@ -162,7 +153,7 @@ def sigmoid_tile(
         tl.store(at + 5 * field, tl.max(tl.where(negative, s, -float("inf")), 1), mask=row_in)
     WIDTH: tl.constexpr = min(BN, PART)
     pieces = parts(acc, BM, BN)
-    holds = meets(target, row, column, offset, BM, BN, DESIGNATED)
+    holds = meets(target, row, column, offset, DESIGNATED, BM, BN)
     factor = tl.zeros((BM,), tl.float32)
     if G is not None:
         factor = tl.load(W + om, mask=row_in, other=0.0)
@@ -193,12 +184,12 @@ def sigmoid_part(
     """A part's weights into G; returns the row's `[BM, SHARES]` w, and its sums of max(x, 0), of weight times product,
     and of weights, with the part's in them.
     """
-    PAIRS: tl.constexpr = RAGGED or EXCLUDE or (QM is not None) or (KM is not None)
+    MASKED: tl.constexpr = EXCLUDE or (QM is not None) or (KM is not None)  # NaN may be beside what counts
     on = column + tl.arange(0, WIDTH)
     s = logit(acc, scale, bias)
-    if PAIRS or MULTI:
+    if RAGGED or MASKED or MULTI:
         ok, found = judged(om, on, rows, columns, offset, target, QM, KM, QID, KID, EXCLUDE, MULTI, RAGGED)
-        if PAIRS:
+        if RAGGED or MASKED:
             s = tl.where(ok, s, -float("inf"))
         e = tl.exp2(tl.abs(s) * -LOG2E)
         over, numerator = sides(s, e, found, BM, WIDTH)
@@ -227,11 +218,11 @@ def sigmoid_part(
         left = joined(u2 * i12, u1 * i12, BM, WIDTH // 2)
         right = joined(u4 * i34, u3 * i34, BM, WIDTH // 2)
         g = joined(left, right, BM, WIDTH) * numerator
-        if PAIRS:
+        if MASKED:
             g = tl.where(ok, g, 0.0)  # what shares with it may be NaN
         if PRODUCT is not None:
             each = g * acc
-            if PAIRS:
+            if MASKED:
                 each = tl.where(ok, each, 0.0)  # an absent row's product may be NaN
             product += folded(each, BM, WIDTH)
         if TOTAL is not None:
