@@ -148,6 +148,20 @@ def test_logits_that_share_a_logarithm_keep_their_digits(
     assert max(map(abs, equal_logits(logit))) < budget
 
 
+@pytest.mark.parametrize("logit", [30.0, 3.0, -20.0])
+def test_positives_keep_their_digits_on_either_side(logit: float) -> None:
+    queries, keys = torch.eye(32), torch.eye(256, 32)  # positives at `logit`, all else at its negative
+    bias, scale = torch.tensor(-logit), 2 * logit
+    loss, grads = nibs.contrastive_loss_and_grad(
+        queries, keys, scale=scale, bias=bias, objective=nibs.Sigmoid(), wrt=("scale", "bias")
+    )
+    x = bias.double()
+    rtol = (16 + abs(logit)) * 2**-24  # the exponential's argument is rounded
+    assert abs(loss.double() / (256 * torch.logaddexp(x, torch.zeros_like(x))) - 1) < rtol
+    assert abs(grads.bias.double() / (254 * torch.sigmoid(x)) - 1) < rtol
+    assert abs(grads.scale.double() / -torch.sigmoid(x) - 1) < rtol
+
+
 @triton.jit
 def bare(w):  # type: ignore[no-untyped-def]
     return tl.log(1.0 + w)

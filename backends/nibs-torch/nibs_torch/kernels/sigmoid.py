@@ -13,8 +13,10 @@ a (1 + b) + b, where 1 + b is rounded once, to multiply. Eight elements share on
 row one logarithm; w stays below 2^32.
 
 A tile is finished in parts of 64 columns (`tile.parts`), and what shares comes from the eighths of a part, which a
-thread holds in its own registers; sums over rows leave them once, as the tile ends. Only a tile that holds a designated
-positive looks for it: e is the same for x and -x.
+thread holds in its own registers; sums over rows leave them once, as the tile ends. Where no pair has to be judged, all
+are taken for negatives, and in the few tiles that hold designated positives those are turned afterwards: e is the same
+for x and -x. That branch stands between a part's exponentials and its stores, so that the stores of one part are mixed
+with the exponentials of the next, whose unit is busy for half the time that a part takes.
 
 A pair that does not count has x = -inf, so e = 0. Either of RP and G may be None: no loss, or no gradient.
 
@@ -87,11 +89,15 @@ def judged(
 
 
 @triton.jit
-def sides(s, e, found, BM: tl.constexpr, WIDTH: tl.constexpr):
-    """What differs between positives and negatives: sums of max(x, 0), and -z over 1 + e what the weight is."""
-    x = tl.where(found, -s, s)
-    numerator = tl.where(x >= 0.0, 1.0, e)
-    return folded(tl.maximum(x, 0.0), BM, WIDTH), tl.where(found, -numerator, numerator)
+def turned(g, acc, scale, bias, hit, factor, BM: tl.constexpr, WIDTH: tl.constexpr):
+    """A part's sums of max(x, 0) and its weights, made as if of negatives alone, once its positives are turned: made
+    again from their products, one a row. e is the same for x and -x, so w stays.
+    """
+    s = logit(acc, scale, bias)
+    own = tl.sum(tl.where(hit, s, 0.0), 1)
+    e = tl.exp2(tl.abs(own) * -LOG2E)
+    weight = factor * tl.where(own <= 0.0, -1.0, -e) / (1.0 + e)
+    return folded(tl.maximum(tl.where(hit, -s, s), 0.0), BM, WIDTH), tl.where(hit, weight[:, None], g)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -163,7 +169,7 @@ def sigmoid_tile(
         w, top, product, total = sigmoid_part(
             w, top, product, total, pieces[n], scale, bias, om, column + n * WIDTH, rows, columns, offset, target,
             holds, factor, QM, KM, QID, KID, LIFTED, RP, G, PRODUCT, TOTAL, sg,
-            DESIGNATED, EXCLUDE, MULTI, RAGGED, TF32, BM, WIDTH, UPCAST,
+            EXCLUDE, MULTI, RAGGED, TF32, BM, WIDTH, UPCAST,
         )  # fmt: skip
     at = pn.to(tl.int64) * rows + om
     if RP is not None:
@@ -178,27 +184,25 @@ def sigmoid_tile(
 def sigmoid_part(
     w, top, product, total, acc, scale, bias, om, column, rows, columns, offset, target, holds, factor,
     QM, KM, QID, KID, LIFTED, RP, G, PRODUCT, TOTAL, sg,
-    DESIGNATED: tl.constexpr, EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr, TF32: tl.constexpr,
+    EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr, TF32: tl.constexpr,
     BM: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A part's weights into G; returns the row's `[BM, SHARES]` w, and its sums of max(x, 0), of weight times product,
     and of weights, with the part's in them.
     """
     MASKED: tl.constexpr = EXCLUDE or (QM is not None) or (KM is not None)  # NaN may be beside what counts
+    EACH: tl.constexpr = RAGGED or MASKED or MULTI  # every pair is judged
     on = column + tl.arange(0, WIDTH)
-    s = logit(acc, scale, bias)
-    if RAGGED or MASKED or MULTI:
+    x = logit(acc, scale, bias)
+    if EACH:
         ok, found = judged(om, on, rows, columns, offset, target, QM, KM, QID, KID, EXCLUDE, MULTI, RAGGED)
-        if RAGGED or MASKED:
-            s = tl.where(ok, s, -float("inf"))
-        e = tl.exp2(tl.abs(s) * -LOG2E)
-        over, numerator = sides(s, e, found, BM, WIDTH)
-    else:
-        e = tl.exp2(tl.abs(s) * -LOG2E)
-        if holds:
-            over, numerator = sides(s, e, target[:, None] == on[None, :], BM, WIDTH)
-        else:
-            over, numerator = folded(tl.maximum(s, 0.0), BM, WIDTH), tl.where(s >= 0.0, 1.0, e)
+        x = tl.where(found, -x, x)
+    if RAGGED or MASKED:
+        x = tl.where(ok, x, -float("inf"))
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    over, numerator = folded(tl.maximum(x, 0.0), BM, WIDTH), tl.where(x >= 0.0, 1.0, e)
+    if EACH:
+        numerator = tl.where(found, -numerator, numerator)
     e1, e2, e3, e4 = quarters(e, BM, WIDTH)
     u1, u2, u3, u4 = 1.0 + e1, 1.0 + e2, 1.0 + e3, 1.0 + e4
     w12, w34 = tl.fma(e1, u2, e2), tl.fma(e3, u4, e4)
@@ -208,9 +212,7 @@ def sigmoid_part(
     u_left, u_right = halves(1.0 + w4, BM, WIDTH // 4)
     w8 = tl.fma(w_left, u_right, w_right)
     u8 = 1.0 + w8
-    if RP is not None:
-        w = tl.fma(w, u8, w8)
-        top += over
+    g = e  # where no weights are asked for, nobody's
     if G is not None:
         every = factor[:, None] / u8  # from here on a reciprocal is a quotient: the row's weight over it
         i4 = joined(u_right * every, u_left * every, BM, WIDTH // 4)
@@ -218,8 +220,15 @@ def sigmoid_part(
         left = joined(u2 * i12, u1 * i12, BM, WIDTH // 2)
         right = joined(u4 * i34, u3 * i34, BM, WIDTH // 2)
         g = joined(left, right, BM, WIDTH) * numerator
-        if MASKED:
-            g = tl.where(ok, g, 0.0)  # what shares with it may be NaN
+    if MASKED:
+        g = tl.where(ok, g, 0.0)  # what shares with it may be NaN
+    if not EACH:  # noqa: SIM102 - known when compiled
+        if holds:
+            over, g = turned(g, acc, scale, bias, target[:, None] == on[None, :], factor, BM, WIDTH)
+    if RP is not None:
+        w = tl.fma(w, u8, w8)
+        top += over
+    if G is not None:
         if PRODUCT is not None:
             each = g * acc
             if MASKED:
