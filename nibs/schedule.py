@@ -57,7 +57,7 @@ class Sink:
             self.out = tiles.empty((size, width), call.request.dtype) if call.rounds else tiles.zeros(size, width)
         self.whole: Share | None = None  # what travels comes home, see `Call._visit_all`
         if not strips and not travels:
-            self.whole = Share(call, rows, accumulator(call, rows, size))
+            self.whole = Share(call, rows, *accumulator(call, rows, size, covered=call.covers))
         self.strip: Any = None
 
     def at(self, where: slice) -> Any:
@@ -67,6 +67,10 @@ class Sink:
         if self.strip is None:
             self.strip = self.call.tiles.zeros(where.stop - where.start, self.rows.shape[1])
         return self.strip
+
+    def begins(self, where: slice) -> bool:
+        """Whether the tile that asks is the first to add to these rows, which hold anything so far."""
+        return self.whole is not None and self.whole.begins(where)
 
     def close(self, where: slice) -> None:
         """A strip is complete: scale, round, store."""
@@ -109,11 +113,13 @@ class Share:
     """A gradient `[rows, d]` that gathers for longer than a strip: over the ring, or over both loops.
 
     rows: whose gradient it is, or of the same kind. Where they lie away from the device, so does the
-    array: then a strip gathers on the device, and is added to it as it closes.
+    array: then a strip gathers on the device, and is added to it as it closes. unset: the array holds anything yet, and
+    the first tile of each strip overwrites it.
     """
 
-    def __init__(self, call: Call, rows: Any, array: Any) -> None:
-        self.call, self.rows, self.array = call, rows, array
+    def __init__(self, call: Call, rows: Any, array: Any, unset: bool = False) -> None:
+        self.call, self.rows, self.array, self.unset = call, rows, array, unset
+        self.begun: set[int] = set()
         self.away = is_away(rows)
         self.strip: Any = None
 
@@ -124,15 +130,29 @@ class Share:
             self.strip = self.call.tiles.zeros(where.stop - where.start, self.rows.shape[1])
         return self.strip
 
+    def begins(self, where: slice) -> bool:
+        if not self.unset or where.start in self.begun:
+            return False
+        self.begun.add(where.start)
+        return True
+
     def close(self, where: slice) -> None:
         if self.away:
             self.rows.add(self.array, where, self.at(where))
             self.strip = None
 
 
-def accumulator(call: Call, rows: Any, size: int) -> Any:
-    """`[size, d]` of zeros in the accumulation dtype, where `rows` lie."""
-    return rows.zeros(size) if is_away(rows) else call.tiles.zeros(size, rows.shape[1])
+def accumulator(call: Call, rows: Any, size: int, *, covered: bool = False) -> tuple[Any, bool]:
+    """`[size, d]` in the accumulation dtype, where `rows` lie, and whether it holds anything: else zeros.
+
+    covered: each of its rows is in some tile. Then tiles that can overwrite it need no zeros to add to.
+    """
+    unset = getattr(call.tiles, "unset", None)
+    if is_away(rows):
+        return rows.zeros(size), False
+    if covered and unset is not None:
+        return unset(size, rows.shape[1]), True
+    return call.tiles.zeros(size, rows.shape[1]), False
 
 
 def strips(size: int, step: int) -> list[slice]:
@@ -172,6 +192,7 @@ class Call:
         margin = softmax.false_negative_margin if softmax else None
         self.embeddings = request.wants("queries"), request.wants("keys")
         scale_alone = request.wants("scale") and not any(self.embeddings)
+        self.covers = self.ring.size == 1 and request.n > 0 and request.m > 0
         self.scale, self.bias = tiles.scalar(request.scale), tiles.scalar(request.bias)
         self.shards = agree(self.ring, request, self.scale, self.bias, grad=plan.sweep != "forward")
         if self.shards.key_mask and request.key_mask is None:  # masks travel: all ranks have one, or none has
@@ -700,7 +721,7 @@ class Call:
         """Visit every shard of keys; their gradient gathers as they travel and comes home with them."""
         onto, sizes = sinks[1], self.shards.keys
         travels = self.ring.size > 1 and onto is not None
-        trail = Trail(self.ring, sizes, lambda size: [accumulator(self, mine.rows, size)], _clear_first, _add_first)
+        trail = Trail(self.ring, sizes, lambda size: [accumulator(self, mine.rows, size)[0]], _clear_first, _add_first)
         for keys, home in rotate(self.ring, sizes, mine, self._room):
             visit(keys, home, trail.share()[0] if travels else None)
             if travels:
@@ -736,6 +757,7 @@ class Call:
     ) -> None:
         gather = None if into is None else into.at(i)
         spread = None if onto is None else onto.at(j)
+        tile.begins = into is not None and into.begins(i), onto is not None and onto.begins(j)
         problem = self.problem if count else self.uncounted
         product, weight = self.tiles.tile_grad(tile, problem, rows, columns, kept, gather, spread)
         if product is not None:

@@ -59,6 +59,8 @@ class Tile:
     Fused tiles get what a kernel can use, and nothing that must be counted first: rows as `factor`
     left them; in the place of `designated`, targets `[r]` (the key of each row in its shard, -1 for
     none) or diagonal; exact `[r]`; anchor_weights for Sigmoid too.
+
+    begins: of tiles that have `unset` (see `Tiles`), whether `into` and `onto` hold anything yet, to be overwritten.
     """
 
     queries: Any
@@ -80,6 +82,7 @@ class Tile:
     anchor_weights: Any = None
     targets: Any = None
     diagonal: bool = False
+    begins: tuple[bool, bool] = (False, False)
 
 
 @dataclass(slots=True)
@@ -198,6 +201,9 @@ class Tiles(Protocol):
     and a method more: `poison(rows, mask)`, `[rows]`: 0 for a row that is finite or absent, else NaN. Their `tile_lse`
     may give anything that their `merge_lse` takes. Those that add up what `tile_grad` returns by themselves return None
     there, and have a method `totals()`: both sums over the tiles so far, 0-d and wide.
+
+    Tiles that can overwrite as well as add have a method `unset(rows, width)`: an accumulator that holds anything. They
+    are given such, and `Tile.begins` says which tile is the first to write to it.
     """
 
     xp: Any

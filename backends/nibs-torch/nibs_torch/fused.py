@@ -371,9 +371,9 @@ class FusedTiles(TorchTiles):
             made = kept or self._sigmoid(tile, problem, rows.factor, loss=False)[1]  # type: ignore[union-attr]
         inverse = None if made.lift is None else made.lift[1:]
         if into is not None:
-            self._product(into, made.g, tile.keys, inverse, problem.precision)
+            self._product(into, made.g, tile.keys, inverse, problem.precision, begins=tile.begins[0])
         if onto is not None:
-            self._product(onto, made.g.T, tile.queries, inverse, problem.precision)
+            self._product(onto, made.g.T, tile.queries, inverse, problem.precision, begins=tile.begins[1])
         self._tally(made.product if problem.total_product else None, made.total if problem.total_weight else None)
         return None, None
 
@@ -521,18 +521,26 @@ class FusedTiles(TorchTiles):
             self._tallied = torch.zeros(2, TALLIED, dtype=torch.float64, device=self.device)
         self._run(tally, (TALLIED,), product, weight, self._tallied, some.numel(), BLOCK=1024)
 
-    def _product(self, out: Any, g: Any, rows: Any, inverse: Any, precision: str) -> None:
-        """`out += inverse g rows`, accumulated in float32."""
+    def _product(self, out: Any, g: Any, rows: Any, inverse: Any, precision: str, *, begins: bool) -> None:
+        """`out += inverse g rows`, accumulated in float32. begins: `out` holds anything, and is overwritten."""
+        beta = 0 if begins else 1  # with which nothing is read
         if self.dtype == torch.float32:
             with products(precision, torch.float32, self.device):
-                out.addmm_(g, rows)
-        elif self.device.type == "cpu":
-            wide = g.float() @ rows.float()
-            out.add_(wide if inverse is None else wide.mul_(inverse))
-        elif inverse is None and _library_widens(self.device, self.dtype):
-            torch.ops.aten.addmm.dtype_out(out, g, rows, torch.float32, out=out)
+                out.addmm_(g, rows, beta=beta)
+        elif inverse is None and self.device.type != "cpu" and _library_widens(self.device, self.dtype):
+            torch.ops.aten.addmm.dtype_out(out, g, rows, torch.float32, beta=beta, out=out)
         else:
-            self.widening_product(out, g, rows, inverse)
+            if begins:
+                out.zero_()
+            if self.device.type == "cpu":
+                wide = g.float() @ rows.float()
+                out.add_(wide if inverse is None else wide.mul_(inverse))
+            else:
+                self.widening_product(out, g, rows, inverse)
+
+    def unset(self, rows: int, width: int) -> Any:
+        """An accumulator for gradients, whose first tile overwrites what it holds."""
+        return self._room(rows, width)
 
     def widening_product(self, out: Any, g: Any, rows: Any, inverse: Any) -> None:
         """The same by our own kernel."""
@@ -744,7 +752,8 @@ def _is_tf32(precision: str, device: torch.device) -> bool:
 def _library_widens(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch here multiplies halves into a float32 accumulator, in place; asked once, by looking at a product.
 
-    A version that takes the arguments and forgets the addend, or rounds it, is one that cannot.
+    A version that takes the arguments and forgets the addend, or rounds it, is one that cannot; nor can one that reads
+    what it was to overwrite.
     """
     overload = getattr(torch.ops.aten.addmm, "dtype_out", None)
     if overload is None:
@@ -755,9 +764,11 @@ def _library_widens(device: torch.device, dtype: torch.dtype) -> bool:
     half = g.to(dtype)
     try:
         overload(out, half.T, half, torch.float32, out=out)
+        fresh = torch.full_like(out, torch.nan)
+        overload(fresh, half.T, half, torch.float32, beta=0, out=fresh)
     except (RuntimeError, NotImplementedError):  # before 2.10 the addend had to be half, too
         return False
-    return bool((out == expected).all())
+    return bool((out == expected).all() and (fresh == g.T @ g).all())
 
 
 def time_config(kernel: str, config: Any, device: torch.device, options: Any) -> float | None:

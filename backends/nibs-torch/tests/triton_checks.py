@@ -203,6 +203,31 @@ def test_macro_tiles_smaller_than_the_batch_fold_to_the_same_bits_each_time(obje
     np.testing.assert_allclose(first[1].keys.double(), expected[1].keys, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "objective, wrt, dtype",
+    [
+        (nibs.InfoNCE(), ("queries", "keys"), torch.float32),
+        (nibs.InfoNCE(), ("queries",), torch.bfloat16),
+        (nibs.InfoNCE("key_to_query"), ("queries", "keys"), torch.float32),
+        (nibs.Sigmoid(), ("queries", "keys"), torch.bfloat16),
+        (nibs.Sigmoid(), ("keys",), torch.float32),
+    ],
+    ids=str,
+)
+def test_what_an_accumulator_held_before_its_first_tile_is_not_read(
+    objective: Any, wrt: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, keys = batch(dtype=dtype)
+    plan = nibs.plan(70, 70, 40, objective=objective, query_tile=48, key_tile=33)
+    monkeypatch.setattr(FusedTiles, "unset", FusedTiles.zeros)
+    inputs = [one.requires_grad_(name in wrt) for name, one in (("queries", queries), ("keys", keys))]
+    wanted = [one for one in inputs if one.requires_grad]
+    before = torch.autograd.grad(nibs.contrastive_loss(*inputs, objective=objective, plan=plan), wanted)
+    monkeypatch.setattr(FusedTiles, "unset", lambda tiles, *shape: torch.full(shape, torch.nan))
+    after = torch.autograd.grad(nibs.contrastive_loss(*inputs, objective=objective, plan=plan), wanted)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.Sigmoid()], ids=["infonce", "sigmoid"])
 def test_the_scale_gradient_sees_weights_before_they_are_rounded(objective: Any) -> None:
     queries, keys = batch(dtype=torch.bfloat16)
