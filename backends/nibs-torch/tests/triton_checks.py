@@ -5,6 +5,8 @@ Triton decides how to run kernels when they are defined, so these need a Python 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -137,15 +139,25 @@ def equal_logits(logit: float) -> tuple[float, float]:
     return float(loss_error), float(grads.bias.double() / (pairs * torch.sigmoid(x)) - 1)
 
 
-@pytest.mark.parametrize("columns", [64, 256])
+@contextmanager
+def tiles_of(config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, kernels are launched with this configuration."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "INTERPRETER", (config,))
+        tuning.forget()
+        yield
+    tuning.forget()
+
+
+@pytest.mark.parametrize("columns", [32, 64, 256])
 @pytest.mark.parametrize("logit", [-70.0, -30.0, -10.3, -3.1, -0.01, 0.0, 0.7, 5.0, 80.0, 1000.0])
 def test_logits_that_share_a_logarithm_keep_their_digits(
     logit: float, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "INTERPRETER", (tuning.Config(32, columns, 16, 4, 1),))
-    # The exponential's argument is rounded, to 2^-24 of itself; beside that, 32 factors and the sums of 256.
+    # The exponential's argument is rounded, to 2^-24 of itself; beside that, 64 factors and the sums of 256.
     budget = (16 + (abs(logit) if logit < 0 else 0.0)) * 2**-24
-    assert max(map(abs, equal_logits(logit))) < budget
+    with tiles_of(tuning.Config(32, columns, 16, 4, 1), monkeypatch):
+        assert max(map(abs, equal_logits(logit))) < budget
 
 
 @pytest.mark.parametrize("logit", [30.0, 3.0, -20.0])
@@ -180,11 +192,8 @@ def test_the_shape_of_tiles_and_who_fetches_them_change_nothing(
 ) -> None:
     queries, keys = batch(n, m, d)
     plain = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
-    with monkeypatch.context() as patch:
-        patch.setattr(tuning, "INTERPRETER", (config,))
-        tuning.forget()
+    with tiles_of(config, monkeypatch):
         loss, grads = nibs.contrastive_loss_and_grad(queries, keys, scale=5.0, objective=objective)
-    tuning.forget()
     torch.testing.assert_close(loss, plain[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(grads.queries, plain[1].queries, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(grads.keys, plain[1].keys, rtol=1e-5, atol=1e-7)

@@ -9,18 +9,18 @@
 Plan. One exponential an element, e = exp(-|x|): softplus(x) = max(x, 0) + log(1 + e), and sigmoid(x) is 1 / (1 + e) or
 e / (1 + e). Far from the positives e is 1e-5 and less, where log(1 + e) keeps three digits. So several elements are
 taken together, as w = (1 + e1)(1 + e2)... - 1 without ever adding the 1: from the w of two groups, a and b, comes
-a (1 + b) + b, where 1 + b is rounded once, to multiply. Eight elements share one reciprocal of 1 + w, and up to 32 of a
-row one logarithm; w stays below 2^32.
+a (1 + b) + b, where 1 + b is rounded once, to multiply. Sixteen elements share one reciprocal of 1 + w, and up to 64 of
+a row one logarithm; w stays below 2^64.
 
-A tile is finished in parts of 64 columns (`tile.parts`), and what shares comes from the eighths of a part, which a
-thread holds in its own registers; sums over rows leave them once, as the tile ends. Where no pair has to be judged, all
-are taken for negatives, and in the few tiles that hold designated positives those are turned afterwards: e is the same
-for x and -x. That branch stands between a part's exponentials and its stores, so that the stores of one part are mixed
-with the exponentials of the next, whose unit is busy for half the time that a part takes.
+A tile is finished in parts of 64 columns (`tile.parts`), and what shares comes from the eighths of a part and from
+neighbours, which a thread holds in its own registers; sums over rows leave them once, as the tile ends. Where no pair
+has to be judged, all are taken for negatives, and in the few tiles that hold designated positives those are turned
+afterwards: e is the same for x and -x. That branch stands between a part's exponentials and its stores, so that the
+stores of one part are mixed with the exponentials of the next, whose unit is busy for half the time that a part takes.
 
 A pair that does not count has x = -inf, so e = 0. Either of RP and G may be None: no loss, or no gradient.
 
-Cost: 2 r c d flops, r c exponentials, r c / 8 reciprocals, r c / 32 logarithms; writes r c elements of the input's
+Cost: 2 r c d flops, r c exponentials, r c / 16 reciprocals, r c / 64 logarithms; writes r c elements of the input's
 dtype.
 
 Twin: `plain_sigmoid`.
@@ -52,10 +52,6 @@ from nibs_torch.kernels.tile import (
 __all__ = ["plain_sigmoid", "sigmoid"]
 
 
-SHARES: tl.constexpr = tl.constexpr(8)
-"""Columns of a part that its sums are kept for: two neighbours for each of the four threads that share a row."""
-
-
 @triton.jit
 def log1p(w):
     """log(1 + w) for w >= 0, to the last digits of small w too: what the rounding of 1 + w took is added again.
@@ -68,8 +64,8 @@ def log1p(w):
 
 @triton.jit
 def folded(x, BM: tl.constexpr, WIDTH: tl.constexpr):
-    """`[BM, SHARES]` sums of `x [BM, WIDTH]`, each over columns of one thread."""
-    return tl.sum(tl.reshape(x, (BM, WIDTH // SHARES, SHARES)), 1)
+    """`[BM, WIDTH / 8]` sums of `x [BM, WIDTH]`, over its eighths."""
+    return tl.sum(tl.reshape(x, (BM, 8, WIDTH // 8)), 1)
 
 
 @triton.jit
@@ -163,8 +159,8 @@ def sigmoid_tile(
     factor = tl.zeros((BM,), tl.float32)
     if G is not None:
         factor = tl.load(W + om, mask=row_in, other=0.0)
-    w, top = tl.zeros((BM, SHARES), tl.float32), tl.zeros((BM, SHARES), tl.float32)
-    product, total = tl.zeros((BM, SHARES), tl.float32), tl.zeros((BM, SHARES), tl.float32)
+    w, top = tl.zeros((BM, WIDTH // 16), tl.float32), tl.zeros((BM, WIDTH // 8), tl.float32)
+    product, total = tl.zeros((BM, WIDTH // 8), tl.float32), tl.zeros((BM, WIDTH // 8), tl.float32)
     for n in tl.static_range(BN // WIDTH):
         w, top, product, total = sigmoid_part(
             w, top, product, total, pieces[n], scale, bias, om, column + n * WIDTH, rows, columns, offset, target,
@@ -173,7 +169,7 @@ def sigmoid_tile(
         )  # fmt: skip
     at = pn.to(tl.int64) * rows + om
     if RP is not None:
-        tl.store(RP + at, tl.sum(log1p(w) + top, 1), mask=row_in)
+        tl.store(RP + at, tl.sum(log1p(w), 1) + tl.sum(top, 1), mask=row_in)
     if PRODUCT is not None:
         tl.store(PRODUCT + at, tl.sum(product, 1), mask=row_in)
     if TOTAL is not None:
@@ -187,8 +183,8 @@ def sigmoid_part(
     EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr, TF32: tl.constexpr,
     BM: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A part's weights into G; returns the row's `[BM, SHARES]` w, and its sums of max(x, 0), of weight times product,
-    and of weights, with the part's in them.
+    """A part's weights into G; returns w `[BM, WIDTH / 16]`, and sums `[BM, WIDTH / 8]` of max(x, 0), of weight times
+    product, and of weights, with the part's in them.
     """
     MASKED: tl.constexpr = EXCLUDE or (QM is not None) or (KM is not None)  # NaN may be beside what counts
     EACH: tl.constexpr = RAGGED or MASKED or MULTI  # every pair is judged
@@ -211,11 +207,15 @@ def sigmoid_part(
     w_left, w_right = halves(w4, BM, WIDTH // 4)
     u_left, u_right = halves(1.0 + w4, BM, WIDTH // 4)
     w8 = tl.fma(w_left, u_right, w_right)
-    u8 = 1.0 + w8
+    w_even, w_odd = tl.split(tl.reshape(w8, (BM, WIDTH // 16, 2)))
+    u_even, u_odd = tl.split(tl.reshape(1.0 + w8, (BM, WIDTH // 16, 2)))
+    w16 = tl.fma(w_even, u_odd, w_odd)
+    u16 = 1.0 + w16
     g = e  # where no weights are asked for, nobody's
     if G is not None:
-        every = factor[:, None] / u8  # from here on a reciprocal is a quotient: the row's weight over it
-        i4 = joined(u_right * every, u_left * every, BM, WIDTH // 4)
+        every = factor[:, None] / u16  # from here on a reciprocal is a quotient: the row's weight over it
+        i8 = tl.reshape(tl.join(u_odd * every, u_even * every), (BM, WIDTH // 8))
+        i4 = joined(u_right * i8, u_left * i8, BM, WIDTH // 4)
         i12, i34 = u34 * i4, u12 * i4
         left = joined(u2 * i12, u1 * i12, BM, WIDTH // 2)
         right = joined(u4 * i34, u3 * i34, BM, WIDTH // 2)
@@ -226,7 +226,7 @@ def sigmoid_part(
         if holds:
             over, g = turned(g, acc, scale, bias, target[:, None] == on[None, :], factor, BM, WIDTH)
     if RP is not None:
-        w = tl.fma(w, u8, w8)
+        w = tl.fma(w, u16, w16)
         top += over
     if G is not None:
         if PRODUCT is not None:
@@ -249,12 +249,12 @@ def sigmoid_part(
 
 
 def plain_sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain twin: row sums of softplus(x), and sigmoid(x), for `x [r, 32 k]` in float32.
+    """The plain twin: row sums of softplus(x), and sigmoid(x), for `x [r, 64 k]` in float32.
 
-    Eight share a reciprocal, 32 a logarithm.
+    Sixteen share a reciprocal, 64 a logarithm.
     """
     e = torch.exp2(-x.abs() * LOG2E.value)
-    w, levels = e.reshape(len(x), 8, -1), []
+    w, levels = e.reshape(len(x), 16, -1), []
     while w.shape[1] > 1:
         left, right = w.chunk(2, dim=1)
         levels.append((1 + left, 1 + right))
