@@ -102,6 +102,11 @@ def show_backends(as_json: bool) -> None:
 @click.option("--ring-size", type=int, default=1, show_default=True, metavar="W", help="Ranks that share the batch.")
 @click.option("--backend", metavar="NAME", help="Whose tiles.  [default: the core's own]")
 @click.option("--device", default="cpu", show_default=True, help="Such as cuda.")
+@click.option(
+    "--autograd/--no-autograd",
+    default=None,
+    help="Gradients by contrastive_loss and a backward, or by contrastive_loss_and_grad.  [default: by what there is]",
+)
 @click.option("--tflops", type=float, metavar="RATE", help="Also give the time at this matrix-product rate.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def show_plan(
@@ -118,6 +123,7 @@ def show_plan(
     ring_size: int,
     backend: str | None,
     device: str,
+    autograd: bool | None,
     tflops: float | None,
     as_json: bool,
 ) -> None:
@@ -137,6 +143,7 @@ def show_plan(
         masked=masked,
         backend=backend,
         device=device,
+        autograd=autograd,
     )
     dense = queries * keys * ring_size * BYTES[dtype]
     seconds = None if tflops is None else made.flops / (tflops * 1e12)

@@ -17,6 +17,7 @@ strip of at least `STRIP` rows does, `split` only where an accumulator does not 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +29,7 @@ from nibs.spec import InfoNCE, Objective
 if TYPE_CHECKING:
     from nibs.request import Request
 
-__all__ = ["Plan", "TileHint", "fit", "in_units", "plan", "plan_request"]
+__all__ = ["Job", "Plan", "TileHint", "fit", "in_units", "plan", "plan_request"]
 
 Sweep = Literal["forward", "keep", "strip", "recompute", "split", "single"]
 
@@ -53,7 +54,7 @@ class TileHint:
     fixed: bytes held at any size. kernel: the name of the path, shown in plans. copies: whether operands
     are copied to the accumulation dtype; fused kernels without masks read them where they are. panel: bytes
     to whose multiples each row of an operand is padded where kernels read it packed, 256 rows together;
-    0: they do not.
+    0: they do not. keeps: whether logits can be kept from one pass for the next.
     """
 
     rows: int = 1024
@@ -65,6 +66,7 @@ class TileHint:
     copies: bool = True
     thin: int = STRIP
     panel: int = 0
+    keeps: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The part of a request that decides a plan."""
+    """The part of a request that decides a plan.
+
+    n, m, d: rows of queries and of keys here, and their width. grad: with gradients; queries, keys, scale: of these.
+    hold, deferred: see `plan_request`. masked: pairs are left out, or added, one by one. streams, stats: see `Request`.
+    """
 
     n: int
     m: int
@@ -118,7 +124,9 @@ class Job:
     masked: bool
     ring_size: int
     device: str
+    scale: bool = True
     streams: bool = False
+    stats: bool = False
 
     @property
     def accumulator(self) -> int:
@@ -141,6 +149,10 @@ class Job:
         return self.objective.same_id == "positive"
 
 
+Hints = Callable[[Job], Sequence[TileHint]]
+"""What `Backend.tile_hints` is: for one job always the same, since what comes of it is remembered."""
+
+
 def plan(
     queries: int,
     keys: int,
@@ -158,12 +170,20 @@ def plan(
     sweep: Sweep | None = None,
     backend: str | None = None,
     device: str = "cpu",
+    autograd: bool | None = None,
 ) -> Plan:
     """The plan for `queries` x `keys` rows of width `dim`, local to a rank; nothing is allocated.
 
     grad: with gradients (`wrt` names them; None is all). memory: the budget, bytes or `"512MiB"`; None is a modest
-    default. masked: masks, ids or a margin are in play. query_tile, key_tile, sweep: fix them instead
-    of leaving them to the budget. backend, device: whose tiles; None takes the core's defaults.
+    default. masked: masks are in play; ids, margins and `exclude_self` are seen by the objective. query_tile, key_tile,
+    sweep: fix them instead of leaving them to the budget. backend, device: whose tiles; None takes the core's defaults.
+    autograd: gradients come from `contrastive_loss` by the framework's autograd, which holds them in the accumulation
+    dtype until it has their upstream factor; False: from `contrastive_loss_and_grad`. None: the first, where the
+    backend has it.
+
+    It is the plan that such a call of the backend runs under, if its sides are of one dtype and lie on the device, its
+    precision is the default, its reduction a scalar, and it asks for no stats, which may want smaller tiles. Where the
+    gradients wait for the backward, since held ones do not fit `memory` (PyTorch), it is the backward's.
 
     Raises InvalidInput for impossible numbers, MemoryBudget when nothing fits.
     """
@@ -181,7 +201,11 @@ def plan(
     for name, flag in (("grad", grad), ("masked", masked)):
         if not isinstance(flag, bool):
             raise InvalidInput(f"{name}={flag!r}: expected True or False.")
-    hint = registry.load(backend).tile_hint(device, dtype) if backend else TileHint()
+    if autograd is not None and not isinstance(autograd, bool):
+        raise InvalidInput(f"autograd={autograd!r}: expected True, False or None.")
+    owner = registry.load(backend) if backend else None
+    if autograd is None:
+        autograd = backend is not None and "autograd" in registry.info(backend).capabilities.features
     job = Job(
         n=queries,
         m=keys,
@@ -189,27 +213,33 @@ def plan(
         dtype=dtype,
         objective=objective,
         grad=grad,
-        hold=False,
+        hold=grad and autograd,
         deferred=False,
         queries=grad and (names is None or "queries" in names),
         keys=grad and (names is None or "keys" in names),
-        masked=masked,
+        masked=masked or _chooses(objective),
         ring_size=ring_size,
         device=device,
+        scale=grad and (names is None or "scale" in names),
     )
-    return fit(job, hint, parse_memory(memory), query_tile, key_tile, sweep)
+    hint = owner.tile_hints if owner else TileHint()
+    budget = parse_memory(memory)
+    try:
+        return fit(job, hint, budget, query_tile, key_tile, sweep)
+    except MemoryBudget:
+        if not (job.hold and owner and owner.defers and ring_size == 1):
+            raise
+    return fit(replace(job, hold=False, deferred=True), hint, budget, query_tile, key_tile, sweep)
 
 
 def plan_request(
-    request: Request, hint: TileHint, *, grad: bool, hold: bool, deferred: bool = False, ring_size: int = 1
+    request: Request, hint: TileHint | Hints, *, grad: bool, hold: bool, deferred: bool = False, ring_size: int = 1
 ) -> Plan:
     """The plan that a request runs under: its own, checked and completed, or one from its budget.
 
-    hold: gradients stay in the accumulation dtype (autograd's forward). deferred: the gradient comes
-    later, in a second call, so no tile can be kept for it.
+    hint: the backend's, see `fit`. hold: gradients stay in the accumulation dtype (autograd's forward). deferred: the
+    gradient comes later, in a second call, so no tile can be kept for it.
     """
-    objective = request.objective
-    margin = isinstance(objective, InfoNCE) and objective.false_negative_margin is not None
     masks = request.query_mask is not None or request.key_mask is not None
     grad = grad and request.wrt != ()
     job = Job(
@@ -217,42 +247,75 @@ def plan_request(
         m=request.m,
         d=request.d,
         dtype=request.dtype,
-        objective=objective,
+        objective=request.objective,
         grad=grad,
         hold=hold,
         deferred=deferred,
         queries=grad and request.wants("queries"),
         keys=grad and request.wants("keys"),
-        masked=masks or margin or objective.same_id != "negative" or getattr(objective, "exclude_self", False),
+        masked=masks or _chooses(request.objective),
         ring_size=ring_size,
         device=request.device,
+        scale=grad and request.wants("scale"),
         streams=request.streams,
+        stats=request.stats,
     )
     given = request.plan
     if given is None:
         return _remembered(job, hint, request.memory)
-    sweep: Sweep | None = given.sweep if given.sweep in _sweeps(job) else None
-    return fit(job, hint, None, given.query_tile, given.key_tile, sweep)
+    return fit(job, hint, None, given.query_tile, given.key_tile, given.sweep, strict=False)
+
+
+def _chooses(objective: Objective) -> bool:
+    """Whether an objective leaves pairs out, or adds positives, one by one."""
+    if objective.same_id != "negative":
+        return True
+    return isinstance(objective, InfoNCE) and (objective.exclude_self or objective.false_negative_margin is not None)
 
 
 def fit(
     job: Job,
-    hint: TileHint,
+    hint: TileHint | Hints,
     memory: int | None,
     query_tile: int | None = None,
     key_tile: int | None = None,
     sweep: Sweep | None = None,
+    *,
+    strict: bool = True,
 ) -> Plan:
-    """The fewest products, then the largest tiles up to the hint's, that the budget holds."""
+    """The plan of the first hint whose tile the budget holds whole; of the last one, cut, where it holds none.
+
+    Of each: the fewest products, then the largest tiles up to the hint's. hint: one, or a function that has several
+    for the job, the best first. strict: refuse a sweep that cannot compute this job, rather than choose another.
+    """
     for name, value in (("query_tile", query_tile), ("key_tile", key_tile)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InvalidInput(f"{name}={value!r}: expected a positive integer.")
-    if sweep is not None and sweep not in _sweeps(job):
-        raise InvalidInput(f"sweep={sweep!r}: this call can run as {', '.join(map(repr, _sweeps(job)))}.")
+    hints = (hint,) if isinstance(hint, TileHint) else hint(job)
+    for one in hints:
+        choices = _sweeps(job, one.keeps)
+        if sweep is not None and sweep not in choices:
+            if strict:
+                raise InvalidInput(f"sweep={sweep!r}: this call can run as {', '.join(map(repr, choices))}.")
+            sweep = None
+        found = _fit(job, one, memory, query_tile, key_tile, [sweep] if sweep else choices)
+        whole = query_tile or one.rows, key_tile or one.columns
+        if (found.query_tile, found.key_tile) == (min(whole[0], max(job.n, 1)), min(whole[1], max(job.m, 1))):
+            break
+    return found
+
+
+def _fit(
+    job: Job,
+    hint: TileHint,
+    memory: int | None,
+    query_tile: int | None,
+    key_tile: int | None,
+    choices: list[Sweep],
+) -> Plan:
     rows = min(query_tile or hint.rows, max(job.n, 1))
     columns = min(key_tile or hint.columns, max(job.m, 1))
     fixed = (query_tile is not None, key_tile is not None)
-    choices = [sweep] if sweep else _sweeps(job)
     for choice in choices:
         for tile in _shrinking(rows, columns, fixed, job, choice, hint.thin, last=choice == choices[-1]):
             candidate = _cost(job, hint, *tile, choice)
@@ -274,8 +337,8 @@ def fit(
 _remembered = lru_cache(maxsize=256)(fit)  # a training step asks for the same plan each time
 
 
-def _sweeps(job: Job) -> list[Sweep]:
-    """The sweeps that compute this job, fewest products first."""
+def _sweeps(job: Job, keeps: bool) -> list[Sweep]:
+    """The sweeps that compute this job, fewest products first; keeps: with those that keep logits."""
     if not job.grad:
         return ["forward"]
     both = job.queries and job.keys
@@ -287,7 +350,7 @@ def _sweeps(job: Job) -> list[Sweep]:
     objective = job.objective
     one_way = isinstance(objective, InfoNCE) and objective.direction != "symmetric"
     found: list[Sweep] = []
-    if alone:
+    if alone and keeps:
         found.append("strip" if one_way else "keep")
     found.append("recompute")
     if both:

@@ -23,7 +23,7 @@ arXiv 2303.15343; the tiled ring, arXiv 2410.17243.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nibs.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from nibs.plan import Plan, TileHint
+    from nibs.plan import Job, Plan, TileHint
     from nibs.request import Request
 
 __all__ = ["Backend", "Gradients", "InfoNCE", "Objective", "Sigmoid", "Stats"]
@@ -172,7 +172,11 @@ class Backend:
 
     `request` has been validated and `capabilities.why_not(request)` has said None. The arrays in a
     request are this backend's own: foreign ones have crossed by `asarray`.
+
+    defers: its autograd leaves the gradients to the backward, where held ones do not fit the budget.
     """
+
+    defers = False
 
     def loss(self, request: Request) -> Any:
         """`loss`, or `(loss, stats)` with `request.stats`; differentiable where the framework is."""
@@ -222,6 +226,14 @@ class Backend:
         from nibs.plan import TileHint
 
         return TileHint()
+
+    def tile_hints(self, job: Job) -> Sequence[TileHint]:
+        """The same where it takes more to know: the width, the objective, what is asked; at least one, the best first.
+
+        The planner takes the first that fits as it is. A backend plans its own calls by what it says here, so that
+        `nibs.plan` tells what they will run under.
+        """
+        return (self.tile_hint(job.device, job.dtype),)
 
     def two_views(self, z1: Any, z2: Any) -> tuple[Any, Any]:
         """Rows `[2n, d]` of both views, and `[2n]` targets: where each row's other view is."""

@@ -70,6 +70,7 @@ def test_plan_as_json_holds_the_plan_s_own_figures(run):
         (["--memory", "20GB"], "recompute"),
         (["--memory", "20000000000"], "recompute"),
         (["--backend", "numpy", "--masked"], "recompute"),
+        (["--memory", "20GB", "--no-autograd"], "recompute"),
     ],
     ids=" ".join,
 )

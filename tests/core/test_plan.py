@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import nibs
 from nibs import errors
+from nibs.plan import plan_request
 from nibs.request import parse_memory
 
 SHAPES = [(0, 0, 1), (1, 1, 1), (7, 1000, 3), (1000, 7, 64), (5000, 6000, 512), (2**22, 2**22, 768), (2**33, 2**33, 8)]
@@ -109,6 +112,75 @@ def test_tiles_may_be_fixed():
     assert (made.query_tile, made.key_tile, made.sweep) == (7, 13, "recompute")
 
 
+ALIKE = np.arange(1500) // 2
+CALLS = {
+    "symmetric": {},
+    "one way": {"objective": ONE_WAY},
+    "sigmoid": {"objective": nibs.Sigmoid()},
+    "ids": {"objective": nibs.InfoNCE(same_id="exclude"), "query_ids": ALIKE, "key_ids": ALIKE},
+    "not itself": {"objective": nibs.InfoNCE(exclude_self=True), "targets": ALIKE[::-1].copy()},
+    "masks": {"key_mask": ALIKE > 30},
+}
+
+
+def _of_numpy(rows, autograd, **options):
+    return nibs.contrastive_loss_and_grad(*rows, **options)[2].plan
+
+
+def _of_torch(rows, autograd, **options):
+    torch = pytest.importorskip("torch")
+    bits = [torch.tensor(side.view(np.int16)).view(torch.bfloat16).requires_grad_(autograd) for side in rows]
+    options = {name: torch.tensor(one) if isinstance(one, np.ndarray) else one for name, one in options.items()}
+    call = nibs.contrastive_loss if autograd else nibs.contrastive_loss_and_grad
+    return call(*bits, **options)[-1].plan
+
+
+def _of_jax(rows, autograd, **options):
+    jax = pytest.importorskip("jax")
+    rows = [jax.numpy.asarray(side) for side in rows]
+    options = {name: jax.numpy.asarray(one) if isinstance(one, np.ndarray) else one for name, one in options.items()}
+    call = nibs.contrastive_loss if autograd else nibs.contrastive_loss_and_grad
+    backend, plans = importlib.import_module("nibs_jax.backend"), []
+
+    def planned(*given, **how):
+        plans.append(plan_request(*given, **how))
+        return plans[-1]
+
+    def loss(*sides):
+        return call(*sides, **options)[0]
+
+    with pytest.MonkeyPatch.context() as patch:  # a trace is enough, for the plan is part of it
+        patch.setattr(backend, "plan_request", planned)
+        jax.make_jaxpr(jax.grad(loss, (0, 1)) if autograd else loss)(*rows)
+    return plans[-1]
+
+
+@pytest.mark.parametrize("memory", [None, "1200KiB"])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("backend", "of_call", "autograd"),
+    [
+        ("numpy", _of_numpy, False),
+        ("torch", _of_torch, False),
+        ("torch", _of_torch, True),
+        ("jax", _of_jax, False),
+        ("jax", _of_jax, True),
+    ],
+)
+def test_it_is_the_plan_that_such_a_call_runs_under(backend, of_call, autograd, name, memory):
+    side = np.random.default_rng(0).standard_normal((1500, 8)).astype(ml_dtypes.bfloat16)
+    objective = CALLS[name].get("objective", nibs.InfoNCE())
+    asked = {"memory": memory, "wrt": ("queries", "keys")}
+
+    told = nibs.plan(
+        *(1500, 1500, 8, "bfloat16"),
+        **{**asked, "objective": objective, "masked": name == "masks", "backend": backend},
+        autograd=None if autograd else False,
+    )
+
+    assert told == of_call([side, side], autograd, **CALLS[name], **asked, stats=True)
+
+
 def test_plan_for_another_shape_keeps_its_tiles_and_is_completed_for_this_call():
     rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
     foreign = nibs.plan(10_000, 10_000, 3, "bfloat16", query_tile=9, key_tile=11, sweep="recompute")
@@ -135,6 +207,7 @@ def test_plan_whose_sweep_does_not_apply_never_keeps_every_tile():
         ({"queries": -1}, "queries=-1: expected an integer >= 0."),
         ({"keys": 2.0}, "keys=2.0: expected an integer >= 0."),
         ({"dim": 0}, "dim=0: expected an integer >= 1."),
+        ({"autograd": 1}, "autograd=1: expected True, False or None."),
         ({"ring_size": True}, "ring_size=True: expected an integer >= 1."),
         ({"dtype": "int8"}, "dtype='int8': expected one of float64, float32, bfloat16, float16."),
         ({"wrt": ("query",)}, "wrt=('query',): expected names out of 'queries', 'keys', 'scale', 'bias'."),

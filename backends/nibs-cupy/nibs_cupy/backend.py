@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 
 from nibs.arrays import BYTES, describe, dtype_name
 from nibs.errors import InvalidInput
-from nibs.plan import TileHint, plan_request
+from nibs.plan import Job, TileHint, plan_request
 from nibs.request import Request
 from nibs.schedule import Call
-from nibs.spec import Backend, Sigmoid
+from nibs.spec import Backend, Objective, Sigmoid
 from nibs_cupy.device import Cuda, Host, open_device
 from nibs_cupy.fast import FAMILIES, SLAB, why_not
 from nibs_cupy.fast_tiles import FastTiles
@@ -63,48 +64,46 @@ class CupyBackend(Backend):
 
     def _call(self, request: Request, *, grad: bool) -> Call:
         check_streams(request.ring, request.device)
-        ring, hold, hint = request.ring, request.hold, HINTS[self.device.kind]
+        ring, hold = request.ring, request.hold
         size = ring.size if ring is not None else 1
-        family, precision = self._family(request, grad=grad), self._precision(request.precision)
+        precision = self._precision(request.precision)
+        family = self._family(request.dtype, precision, request.objective, scale=grad and request.wants("scale"))
+        plan = plan_request(request, self._hint(request.dtype, family), grad=grad, hold=hold, ring_size=size)
         if family is None:
-            plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
             return Call(request, CupyTiles(request.dtype, self.device), plan, ring, hold=hold)
-        hint = self._fast_hint(request.dtype, family)
-        plan = plan_request(request, hint, grad=grad, hold=hold, ring_size=size)
-        if plan.sweep in ("keep", "strip"):  # logits are never written, so none are kept
-            again = replace(request, plan=replace(plan, sweep="recompute"))
-            plan = plan_request(again, hint, grad=grad, hold=hold, ring_size=size)
         tiles = FastTiles(request.dtype, precision, self.device, family, self.device.processors())
         return Call(request, tiles, plan, ring, hold=hold)
 
-    def _family(self, request: Request, *, grad: bool) -> str | None:
-        """The family of fast kernels that takes this call, or None: the general ones."""
-        if self.kernels == "general":
-            return None
-        precision = self._precision(request.precision)
-        if why_not(request.dtype, precision, request.objective) is not None:
+    def _family(self, dtype: str, precision: str, objective: Objective, *, scale: bool) -> str | None:
+        """The family of fast kernels that takes such a call, or None: the general ones. scale: with its gradient."""
+        if self.kernels == "general" or why_not(dtype, precision, objective) is not None:
             return None
         # No wgmma takes tf32 three times, and it leaves the sigmoid no registers for the sums of the scale's gradient.
-        sums = grad and isinstance(request.objective, Sigmoid) and request.wants("scale")
-        return "ampere" if sums or request.dtype == "float32" else self.kernels
+        sums = scale and isinstance(objective, Sigmoid)
+        return "ampere" if sums or dtype == "float32" else self.kernels
 
     def _precision(self, precision: str) -> str:
         """`"default"` is CuPy's own setting: IEEE, unless CUPY_TF32 allows TF32."""
         return "high" if precision == "default" and self.device.rounds_products() else precision
 
-    def _fast_hint(self, dtype: str, family: str) -> TileHint:
-        """Weights in the dtype of the inputs; parts are four numbers for each row and column of a tile, at most."""
+    def _hint(self, dtype: str, family: str | None) -> TileHint:
+        """Of a fast family: weights in the dtype of the inputs; parts are four numbers for each row and column of a
+        tile, at most. Logits are never written, so none are kept.
+        """
+        if family is None:
+            return HINTS[self.device.kind]
         weights = BYTES[dtype] / 4
         return replace(
             HINTS[self.device.kind],
             **{"buffers": weights + 0.1, "masked": weights + 0.15, "fixed": 768 * 1024, "panel": SLAB},
             copies=self.device.kind == "cpu",  # NumPy's products take float32 alone, widened a square at a time
             kernel=family,
+            keeps=False,
         )
 
-    def tile_hint(self, device: str, dtype: str) -> TileHint:
-        fast = self.kernels != "general" and dtype in ("bfloat16", "float16")
-        return self._fast_hint(dtype, self.kernels) if fast else HINTS[self.device.kind]
+    def tile_hints(self, job: Job) -> Sequence[TileHint]:
+        precision = self._precision("default")
+        return (self._hint(job.dtype, self._family(job.dtype, precision, job.objective, scale=job.scale)),)
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
         kind = self.device.kind

@@ -67,6 +67,23 @@ def test_a_fast_family_agrees_with_the_general_kernels(
         assert np.abs(one - other).max() <= 2.0**-7 * np.abs(other).max()
 
 
+@pytest.mark.parametrize("kernels", ["general", "ampere", "hopper"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("objective", [*TAKEN, LEFT[0], nibs.InfoNCE(same_id="exclude")], ids=repr)
+@pytest.mark.parametrize("memory", [None, "2MiB"])
+def test_the_planner_tells_the_plan_that_a_call_runs_under(
+    kernels: str, dtype: str, objective: nibs.Objective, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = serve(monkeypatch, kernels)
+    options = {"objective": objective, "memory": memory, "backend": backend}
+    ids = {}
+    if objective.same_id == "exclude":
+        ids = dict(query_ids=np.arange(150) // 3, key_ids=np.arange(150) // 3)
+    told = nibs.plan(150, 150, 40, dtype, **options)
+    _, _, stats = nibs.contrastive_loss_and_grad(*rows(dtype), **options, **ids, stats=True)
+    assert told == stats.plan
+
+
 @pytest.mark.parametrize("kernels", ["ampere", "hopper"])
 @pytest.mark.parametrize("objective", [*TAKEN, nibs.InfoNCE(same_id="exclude")])
 def test_stats_come_from_the_same_tiles(

@@ -169,6 +169,7 @@ class JaxBackend(Backend):
         return request.device.partition(":")[0]
 
     def tile_hint(self, device: str, dtype: str) -> TileHint:
+        """XLA's; a call that another backend's kernels compute runs by their plan."""
         return CPU_HINT if device.startswith("cpu") else DEVICE_HINT
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:

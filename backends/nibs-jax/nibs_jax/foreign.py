@@ -120,8 +120,7 @@ def run(name: str, request: Request, inputs: Any, *, hold: bool) -> tuple[Any, G
     given = {field: getattr(inputs, field) for field in ARRAYS if getattr(inputs, field) is not None}
     wide = accumulator if hold else jnp.dtype(request.dtype)
     backend = registry.load(name)
-    hint = backend.tile_hint(request.device, request.dtype)
-    plan = plan_request(request, hint, grad=bool(request.wrt), hold=hold)
+    plan = plan_request(request, backend.tile_hints, grad=bool(request.wrt), hold=hold)
     objective: Any = request.objective
     softmax = isinstance(objective, InfoNCE)
     results = {"loss": jax.ShapeDtypeStruct((), accumulator)}
@@ -152,7 +151,7 @@ def run(name: str, request: Request, inputs: Any, *, hold: bool) -> tuple[Any, G
         **figures,
         query_lse=found.get("query_lse"),
         key_lse=found.get("key_lse"),
-        plan=with_kernel(plan, f"{hint.kernel}, through jax.ffi"),
+        plan=with_kernel(plan, f"{plan.kernel}, through jax.ffi"),
     )
     return loss, gradients, stats
 

@@ -19,14 +19,14 @@ from torch.autograd import forward_ad
 from nibs.agreement import joining
 from nibs.arrays import describe, dtype_name
 from nibs.errors import InvalidInput, MemoryBudget, Unsupported
-from nibs.plan import TileHint, plan_request
+from nibs.plan import Job, TileHint, plan_request
 from nibs.request import WRT, Request
 from nibs.ring import Solo
 from nibs.schedule import Call
 from nibs.spec import Backend, Gradients, Stats
 from nibs_torch import tracing
 from nibs_torch.autograd import ForeignKernels, differentiable_loss
-from nibs_torch.fused import FusedTiles, fused_plan, hints, kernel_for
+from nibs_torch.fused import FusedTiles, Macros, hints_on, kernel_for
 from nibs_torch.mkl import narrows
 from nibs_torch.streaming import Unlocked, mapped, streamed
 from nibs_torch.tiles import DTYPES, TorchTiles, capturing
@@ -42,6 +42,8 @@ AUTOCAST = ("cpu", "cuda", "xpu")
 
 class TorchBackend(Backend):
     """Runs every request by the shared schedule over `TorchTiles`."""
+
+    defers = True
 
     def loss(self, request: Request) -> Any:
         wrt = self._differentiated(request)
@@ -127,10 +129,17 @@ class TorchBackend(Backend):
 
         return as_ring(handle)
 
-    def tile_hint(self, device: str, dtype: str) -> TileHint:
-        if kernel_for(device, dtype) == "triton":
-            return hints(device, dtype)[0]
-        return _hint(device, dtype)
+    def tile_hints(self, job: Job) -> Sequence[TileHint]:
+        try:
+            fused = kernel_for(job.device, job.dtype) == "triton"
+            return hints_on(job.device, job.dtype)(job) if fused else (_hint(job.device, job.dtype),)
+        except Unsupported:
+            raise
+        except (AssertionError, RuntimeError) as cause:
+            raise InvalidInput(
+                f"device={job.device!r}: PyTorch finds no such device here ({cause}), and tiles go by the card. Plan "
+                "where that card is, or leave backend= out for the core's own tiles."
+            ) from cause
 
     def asarray(self, values: Any, dtype: str | None = None, device: str | None = None) -> Any:
         tensor = values if isinstance(values, Tensor) else _import(values)
@@ -239,9 +248,10 @@ def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:
 
 def _plan(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False) -> Any:
     size = 1 if request.ring is None else request.ring.size
-    if not request.streams and kernel_for(request.device, request.dtype, request.plan) == "triton":
-        return fused_plan(request, grad=grad, hold=hold, deferred=deferred, ring_size=size)
-    hint = _hint(request.device, request.dtype)
+    fused = not request.streams and kernel_for(request.device, request.dtype, request.plan) == "triton"
+    mixed = request.queries.dtype != request.keys.dtype
+    where = request.device, request.dtype
+    hint: TileHint | Macros = hints_on(*where, mixed=mixed) if fused else _hint(*where)
     return plan_request(request, hint, grad=grad, hold=hold, deferred=deferred, ring_size=size)
 
 

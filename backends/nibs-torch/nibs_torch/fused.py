@@ -32,13 +32,12 @@ from typing import Any
 import torch
 
 from nibs.errors import InvalidInput, Unsupported
-from nibs.plan import Plan, TileHint, plan_request
-from nibs.request import Request
+from nibs.plan import Job, Plan, TileHint
 from nibs.verbs import Lse, Problem, Tile, Weights
 from nibs_torch.precision import products
 from nibs_torch.tiles import DTYPES, TorchTiles
 
-__all__ = ["FusedTiles", "asked", "fused_plan", "hints", "kernel_for", "why_not"]
+__all__ = ["FusedTiles", "Macros", "asked", "hints_on", "kernel_for", "why_not"]
 
 KERNELS = ("torch", "triton")
 OLDEST = (8, 0)  # compute capability: bfloat16, and 10-bit float32 products
@@ -116,39 +115,46 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def hints(device: str, dtype: str, d: int = 768, *, busy: bool = False, copies: bool = False) -> list[TileHint]:
-    """Macro tiles for the planner, the best first: whole waves of the card, from the default budget down.
-
-    busy: statistics or smoothing are asked for. copies: rows must be copied before the kernels can read them.
-    """
+def hints_on(device: str, dtype: str, *, mixed: bool = False) -> Macros:
+    """For the planner: macro tiles for rows of this dtype. mixed: the two sides differ in dtype, and are copied."""
     from nibs_torch.kernels import tuning
 
-    card = tuning.card_of(torch.device(device))
-    item = DTYPES[dtype].itemsize
+    card, item = tuning.card_of(torch.device(device)), DTYPES[dtype].itemsize
     least = tuning.narrowest(card, item, ("", "ragged", "loose"))
     least_busy = tuning.narrowest(card, item, ("busy", "sums", "full", "least"))
-    # G, its rows on 16-byte steps; then sums for each tile that a row or a column passes through: three fields of
-    # rows for Sigmoid, four of both in tiles twice as wide for InfoNCE; with all statistics eight and seven.
-    plain, full = item / 4 + 3 / least + 2**-10, item / 4 + 16 / least_busy + 2**-10
-    sides = ((4096, 4096),) if card.arch == "interpreter" else tuning.macro_tiles(d, item, card.sms, AREA // item)
-    return [
-        # A strip of small tiles would wait for its launches: it is taken where its tiles are whole.
-        TileHint(rows, columns, full if busy else plain, full, kernel="triton", copies=copies or item == 4, thin=rows)
-        for rows, columns in sides
-    ]
+    return Macros(card, item, least, least_busy, copies=mixed or item == 4)
 
 
-def fused_plan(request: Request, **options: Any) -> Plan:
-    """The plan of the first macro tile that fits the request's budget as it is; of the smallest, cut, if none does."""
-    mixed = any(rows.dtype != DTYPES[request.dtype] for rows in (request.queries, request.keys))
-    busy = request.stats or getattr(request.objective, "label_smoothing", 0.0) > 0
-    found: Any = None
-    for hint in hints(request.device, request.dtype, request.d, busy=busy, copies=mixed):
-        found = plan_request(request, hint, **options)
-        whole = min(hint.rows, max(request.n, 1)), min(hint.columns, max(request.m, 1))
-        if request.plan is not None or (found.query_tile, found.key_tile) == whole:
-            return found  # type: ignore[no-any-return]
-    return found  # type: ignore[no-any-return]
+@dataclass(frozen=True, slots=True)
+class Macros:
+    """`macros(job)`: macro tiles, the best first: whole waves of the card, from the default budget down.
+
+    item: bytes of an element of a row, and of a weight. least: the fewest rows or columns of a tile of the kernels;
+    least_busy: with statistics or smoothing. copies: rows must be copied before the kernels can read them.
+    """
+
+    card: Any
+    item: int
+    least: int
+    least_busy: int
+    copies: bool
+
+    def __call__(self, job: Job) -> list[TileHint]:
+        from nibs_torch.kernels import tuning
+
+        card, item = self.card, self.item
+        # G, its rows on 16-byte steps; then sums for each tile that a row or a column passes through: three fields of
+        # rows for Sigmoid, four of both in tiles twice as wide for InfoNCE; with all statistics eight and seven.
+        plain, full = item / 4 + 3 / self.least + 2**-10, item / 4 + 16 / self.least_busy + 2**-10
+        busy = job.stats or getattr(job.objective, "label_smoothing", 0.0) > 0
+        sides = ((4096, 4096),)
+        if card.arch != "interpreter":
+            sides = tuning.macro_tiles(job.d, item, card.sms, AREA // item)
+        return [
+            # A strip of small tiles would wait for its launches: it is taken where its tiles are whole.
+            TileHint(rows, columns, full if busy else plain, full, kernel="triton", copies=self.copies, thin=rows)
+            for rows, columns in sides
+        ]
 
 
 AREA = 256 << 20  # bytes of the largest weights that are planned

@@ -52,6 +52,12 @@ def test_a_plan_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert kernel_of(plan=replace(nibs.plan(8, 8, 4), kernel="torch")) == "torch"
 
 
+def test_no_plan_is_told_for_a_card_that_is_not_here() -> None:
+    pytest.importorskip("triton", reason="without it every device takes the plain path's tiles")
+    with pytest.raises(InvalidInput, match=r"device='cuda:63': PyTorch finds no such device here"):
+        nibs.plan(8, 8, 4, backend="torch", device="cuda:63")
+
+
 def test_a_name_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIBS_TORCH_KERNEL", "trition")
     with pytest.raises(InvalidInput, match="expected one of torch, triton"):

@@ -72,6 +72,19 @@ def test_nothing_in_loss_and_grad_waits_for_the_device(name: str, monkeypatch: p
         assert grads.queries.dtype == torch.bfloat16
 
 
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans of calls from here on, as they come."""
+    plans: list[Any] = []
+    real = backend.Call
+
+    def call(request: Any, tiles: Any, plan: Any, ring: Any, **options: Any) -> Any:
+        plans.append(plan)
+        return real(request, tiles, plan, ring, **options)
+
+    monkeypatch.setattr(backend, "Call", call)
+    return plans
+
+
 BUDGETS: dict[str, tuple[int, int, str | None, torch.dtype]] = {
     "large": (65_536, 768, None, torch.bfloat16),
     "cut off": (16_400, 768, None, torch.bfloat16),
@@ -88,14 +101,7 @@ BUDGETS: dict[str, tuple[int, int, str | None, torch.dtype]] = {
 def test_a_call_holds_no_more_than_its_plan_says(
     n: int, d: int, memory: str | None, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans: list[Any] = []
-    real = backend.Call
-
-    def call(request: Any, tiles: Any, plan: Any, ring: Any, **options: Any) -> Any:
-        plans.append(plan)
-        return real(request, tiles, plan, ring, **options)
-
-    monkeypatch.setattr(backend, "Call", call)
+    plans = planned(monkeypatch)
     monkeypatch.setattr(sys.modules[__name__], "N", n)
     monkeypatch.setattr(sys.modules[__name__], "M", n)
     with held(CARDS["sm_90"], monkeypatch) as seen, torch.no_grad():
@@ -106,6 +112,47 @@ def test_a_call_holds_no_more_than_its_plan_says(
     (plan,) = plans
     assert seen.peak - before - gradients <= plan.memory
     assert plan.kernel == "triton"
+
+
+TOLD: dict[str, tuple[bool, int, str | None]] = {
+    "large": (True, 65_536, None),
+    "large, loss and grad": (False, 65_536, None),
+    "held by a budget": (True, 16_400, "200MiB"),
+    "gradients that wait": (True, 4000, "20MiB"),
+    "loss and grad in as little": (False, 4000, "20MiB"),
+}
+
+
+@pytest.mark.parametrize("name", ["symmetric", "smoothing", "masks", "sigmoid"])
+@pytest.mark.parametrize("autograd, n, memory", list(TOLD.values()), ids=list(TOLD))
+def test_the_planner_tells_the_plan_that_a_call_runs_under(
+    autograd: bool, n: int, memory: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = planned(monkeypatch)
+    monkeypatch.setattr(sys.modules[__name__], "N", n)
+    monkeypatch.setattr(sys.modules[__name__], "M", n)
+    call = nibs.contrastive_loss if autograd else nibs.contrastive_loss_and_grad
+    with calls(CARDS["sm_90"], monkeypatch) as launches:
+        options = CALLS[name]()
+        told = nibs.plan(
+            *(n, n, 768, "bfloat16"),
+            objective=options.get("objective", INFONCE),
+            memory=memory,
+            masked=name == "masks",
+            backend="torch",
+            device="cuda",
+            autograd=None if autograd else False,
+        )
+        call(
+            rows(n, d=768),
+            rows(n, d=768),
+            scale=torch.ones((), device="cuda", requires_grad=True),
+            memory=memory,
+            **options,
+        )
+    tiles = {(one.named["rows"], one.named["columns"]) for one in launches if one.name in ("weights", "sigmoid")}
+    assert told == plans[-1]
+    assert (told.query_tile, told.key_tile) in tiles
 
 
 @pytest.mark.parametrize("direction", ["symmetric", "query_to_key"])
