@@ -207,7 +207,7 @@ class FusedTiles(TorchTiles):
         self.upcast = self.card.arch == "interpreter"  # whose bfloat16 products are wrong
         self.lifts = self.dtype == torch.float16
         self.fixed: dict[str, Any] = {}  # by kernel: a configuration to use instead of the table's
-        self._tallied: Any = None  # [2, programs]: of `tally`
+        self._tallied: Any = None  # [2, TALLIED]: of `tally`
         self._here = torch.cuda.device(device) if device.type == "cuda" else None
 
     # -- rows -------------------------------------------------------------------------------------
@@ -236,6 +236,10 @@ class FusedTiles(TorchTiles):
         if size:
             self._run(poison, (-(-size // 16),), rows, mask, out, size, d, *rows.stride(), BM=16, BK=256)
         return out
+
+    def unset(self, rows: int, width: int) -> Any:
+        """An accumulator for gradients, whose first tile overwrites what it holds."""
+        return self._room(rows, width)
 
     def lse_columns(self, plan: Plan, problem: Problem) -> int:
         """Columns of a tile in a pass that keeps no logits: few launches in place of many, for as many bytes.
@@ -525,7 +529,9 @@ class FusedTiles(TorchTiles):
 
         if self._tallied is None:
             self._tallied = torch.zeros(2, TALLIED, dtype=torch.float64, device=self.device)
-        self._run(tally, (TALLIED,), product, weight, self._tallied, some.numel(), BLOCK=1024)
+        size, block = some.numel(), 1024
+        grid = (min(TALLIED, -(-size // block)),)
+        self._run(tally, grid, product, weight, self._tallied, size, PLACES=TALLIED, BLOCK=block)
 
     def _product(self, out: Any, g: Any, rows: Any, inverse: Any, precision: str, *, begins: bool) -> None:
         """`out += inverse g rows`, accumulated in float32. begins: `out` holds anything, and is overwritten."""
@@ -543,10 +549,6 @@ class FusedTiles(TorchTiles):
                 out.add_(wide if inverse is None else wide.mul_(inverse))
             else:
                 self.widening_product(out, g, rows, inverse)
-
-    def unset(self, rows: int, width: int) -> Any:
-        """An accumulator for gradients, whose first tile overwrites what it holds."""
-        return self._room(rows, width)
 
     def widening_product(self, out: Any, g: Any, rows: Any, inverse: Any) -> None:
         """The same by our own kernel."""

@@ -38,7 +38,7 @@ __all__ = [
     "to_tf32",
 ]
 
-TALLIED = 128  # programs of `tally`, and places that they add to
+TALLIED = 128  # places that programs of `tally` add to: so many programs at most
 LIFTED_TO: tl.constexpr = tl.constexpr(16384.0)  # float16 ends at 65504: room for sums of two sides that round up
 
 
@@ -104,14 +104,14 @@ def lift(A, B, OUT, a, b, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["size"])
-def tally(P, T, OUT, size, BLOCK: tl.constexpr):
-    """OUT [2, programs], float64: the sums of P [size] and of T [size] onto its two rows. Either may be None."""
+def tally(P, T, OUT, size, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    """OUT [2, PLACES], float64: the sums of P [size] and of T [size] onto its two rows. Either may be None."""
     place = OUT + tl.program_id(0)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if P is not None:
         tl.store(place, tl.load(place) + share_of(P, first, size, BLOCK))
     if T is not None:
-        place += tl.num_programs(0)
+        place += PLACES
         tl.store(place, tl.load(place) + share_of(T, first, size, BLOCK))
 
 
