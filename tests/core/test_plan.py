@@ -11,8 +11,9 @@ import pytest
 
 import nibs
 from nibs import errors
-from nibs.plan import plan_request
+from nibs.plan import TileHint, plan_request
 from nibs.request import parse_memory
+from nibs_numpy.backend import NumpyBackend
 
 SHAPES = [(0, 0, 1), (1, 1, 1), (7, 1000, 3), (1000, 7, 64), (5000, 6000, 512), (2**22, 2**22, 768), (2**33, 2**33, 8)]
 ONE_WAY = nibs.InfoNCE(direction="query_to_key")
@@ -179,6 +180,31 @@ def test_it_is_the_plan_that_such_a_call_runs_under(backend, of_call, autograd, 
     )
 
     assert told == of_call([side, side], autograd, **CALLS[name], **asked, stats=True)
+
+
+class Choosy(NumpyBackend):
+    """Likes another tile where rows are wide, and has two for the others."""
+
+    def tile_hints(self, job):
+        return [TileHint(96, 96)] if job.d > 64 else [TileHint(512, 512), TileHint(300, 200)]
+
+
+@pytest.mark.parametrize(
+    ("width", "memory", "tile"),
+    [
+        (8, "64MiB", (512, 512)),
+        (8, "1500KiB", (300, 200)),
+        (8, "500KiB", (150, 200)),
+        (65, "64MiB", (96, 96)),
+    ],
+)
+def test_the_first_of_a_backend_s_tiles_that_fits_whole_is_taken_and_the_last_is_cut(here, width, memory, tile):
+    here.add("choosy", backend=Choosy())
+    options = {"backend": "choosy", "sweep": "recompute", "memory": memory}
+
+    made = nibs.plan(1000, 1000, width, **options)
+
+    assert (made.query_tile, made.key_tile) == tile
 
 
 def test_plan_for_another_shape_keeps_its_tiles_and_is_completed_for_this_call():

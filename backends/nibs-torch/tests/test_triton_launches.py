@@ -114,19 +114,20 @@ def test_a_call_holds_no_more_than_its_plan_says(
     assert plan.kernel == "triton"
 
 
-TOLD: dict[str, tuple[bool, int, str | None]] = {
-    "large": (True, 65_536, None),
-    "large, loss and grad": (False, 65_536, None),
-    "held by a budget": (True, 16_400, "200MiB"),
-    "gradients that wait": (True, 4000, "20MiB"),
-    "loss and grad in as little": (False, 4000, "20MiB"),
+TOLD: dict[str, tuple[bool, int, int, str | None]] = {
+    "large": (True, 65_536, 768, None),
+    "large, loss and grad": (False, 65_536, 768, None),
+    "held by a budget": (True, 16_400, 1024, "200MiB"),
+    "gradients that wait": (True, 4000, 768, "20MiB"),
+    "gradients that wait, where logits would fit": (True, 300, 1024, "2300KiB"),
+    "loss and grad in as little": (False, 4000, 768, "20MiB"),
 }
 
 
 @pytest.mark.parametrize("name", ["symmetric", "smoothing", "masks", "sigmoid"])
-@pytest.mark.parametrize("autograd, n, memory", list(TOLD.values()), ids=list(TOLD))
+@pytest.mark.parametrize("autograd, n, d, memory", list(TOLD.values()), ids=list(TOLD))
 def test_the_planner_tells_the_plan_that_a_call_runs_under(
-    autograd: bool, n: int, memory: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+    autograd: bool, n: int, d: int, memory: str | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = planned(monkeypatch)
     monkeypatch.setattr(sys.modules[__name__], "N", n)
@@ -135,7 +136,7 @@ def test_the_planner_tells_the_plan_that_a_call_runs_under(
     with calls(CARDS["sm_90"], monkeypatch) as launches:
         options = CALLS[name]()
         told = nibs.plan(
-            *(n, n, 768, "bfloat16"),
+            *(n, n, d, "bfloat16"),
             objective=options.get("objective", INFONCE),
             memory=memory,
             masked=name == "masks",
@@ -144,8 +145,8 @@ def test_the_planner_tells_the_plan_that_a_call_runs_under(
             autograd=None if autograd else False,
         )
         call(
-            rows(n, d=768),
-            rows(n, d=768),
+            rows(n, d=d),
+            rows(n, d=d),
             scale=torch.ones((), device="cuda", requires_grad=True),
             memory=memory,
             **options,
