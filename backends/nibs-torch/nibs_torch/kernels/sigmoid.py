@@ -36,7 +36,6 @@ from nibs_torch.kernels.rows import narrow, to_tf32
 from nibs_torch.kernels.tile import (
     COUNTS,
     LOG2E,
-    PART,
     dots,
     halves,
     joined,
@@ -50,6 +49,10 @@ from nibs_torch.kernels.tile import (
 )
 
 __all__ = ["plain_sigmoid", "sigmoid"]
+
+
+PART: tl.constexpr = tl.constexpr(64)
+"""Columns that are finished at a time."""
 
 
 @triton.jit
@@ -154,7 +157,7 @@ def sigmoid_tile(
         negative = ok & (found == 0)
         tl.store(at + 5 * field, tl.max(tl.where(negative, s, -float("inf")), 1), mask=row_in)
     WIDTH: tl.constexpr = min(BN, PART)
-    pieces = parts(acc, BM, BN)
+    pieces = parts(acc, BM, BN, WIDTH)
     holds = meets(target, row, column, offset, DESIGNATED, BM, BN)
     factor = tl.zeros((BM,), tl.float32)
     if G is not None:

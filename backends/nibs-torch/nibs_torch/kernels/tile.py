@@ -21,7 +21,6 @@ import triton.language as tl
 __all__ = [
     "COUNTS",
     "LOG2E",
-    "PART",
     "dots",
     "joined",
     "logit",
@@ -41,9 +40,6 @@ COUNTS = [*SIZES, "offset", "k"]
 """Sizes that change from macro tile to macro tile: a kernel is not compiled anew where one happens to be 1 or even."""
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-PART: tl.constexpr = tl.constexpr(64)
-"""Columns that are finished at a time: a whole tile's products and what is made of them do not fit the registers."""
 
 
 @triton.jit
@@ -124,26 +120,29 @@ def joined(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def parts(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`x [ROWS, COLUMNS]` in parts of up to PART columns, from the left. Nothing moves from thread to thread."""
-    if COLUMNS == 4 * PART:
+def parts(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """`x [ROWS, COLUMNS]` in up to four parts of WIDTH columns, from the left. Nothing moves from thread to thread.
+
+    A tile is finished part by part: a whole tile's products and what is made of them do not fit the registers.
+    """
+    if COLUMNS == 4 * WIDTH:
         return quarters(x, ROWS, COLUMNS)
-    elif COLUMNS == 2 * PART:
+    elif COLUMNS == 2 * WIDTH:
         return halves(x, ROWS, COLUMNS)
     else:
         return (x,)
 
 
 @triton.jit
-def vector_parts(x, COLUMNS: tl.constexpr):
+def vector_parts(x, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """`x [COLUMNS]` in the same parts."""
-    if COLUMNS == 4 * PART:
-        left, right = tl.split(tl.permute(tl.reshape(x, (2, 2 * PART)), (1, 0)))
-        first, second = tl.split(tl.permute(tl.reshape(left, (2, PART)), (1, 0)))
-        third, fourth = tl.split(tl.permute(tl.reshape(right, (2, PART)), (1, 0)))
+    if COLUMNS == 4 * WIDTH:
+        left, right = tl.split(tl.permute(tl.reshape(x, (2, 2 * WIDTH)), (1, 0)))
+        first, second = tl.split(tl.permute(tl.reshape(left, (2, WIDTH)), (1, 0)))
+        third, fourth = tl.split(tl.permute(tl.reshape(right, (2, WIDTH)), (1, 0)))
         return first, second, third, fourth
-    elif COLUMNS == 2 * PART:
-        return tl.split(tl.permute(tl.reshape(x, (2, PART)), (1, 0)))
+    elif COLUMNS == 2 * WIDTH:
+        return tl.split(tl.permute(tl.reshape(x, (2, WIDTH)), (1, 0)))
     else:
         return (x,)
 

@@ -85,10 +85,9 @@ HALVES: dict[str, Choices] = {
     "sm_89": AMPERE,
     "sm_90": {
         "lse": (
-            Config(256, 128, 64, 8, 3, True, 1),
-            Config(256, 128, 64, 8, 3, True, 1, 16),
-            Config(128, 256, 64, 8, 3, True, 1),
             Config(128, 128, 64, 4, 3, True, 2),
+            Config(256, 128, 64, 8, 3, True, 1),
+            Config(128, 256, 64, 8, 3, True, 1),
         ),
         "lse ragged": (Config(128, 128, 64, 8, 3, True, 1),),
         "lse loose": LOOSE,
@@ -96,10 +95,9 @@ HALVES: dict[str, Choices] = {
         "lse busy": (Config(128, 128, 64, 8, 3, True, 1),),
         "lse sums": (Config(128, 64, 64, 8, 4, True, 1),),
         "weights": (
-            Config(128, 256, 64, 8, 3, True, 1),
-            Config(128, 256, 64, 8, 3, True, 1, 16),
-            Config(128, 256, 64, 8, 4, True, 1),
             Config(128, 128, 64, 4, 3, True, 2),
+            Config(128, 256, 64, 8, 3, True, 1),
+            Config(128, 256, 64, 8, 4, True, 1),
         ),
         "weights ragged": (Config(128, 128, 64, 8, 3, True, 1),),
         "weights busy": (Config(128, 128, 64, 8, 3, True, 1),),
@@ -107,7 +105,6 @@ HALVES: dict[str, Choices] = {
         "weights loose": LOOSE,
         "sigmoid": (
             Config(128, 256, 64, 8, 3, True, 1),
-            Config(128, 256, 64, 8, 3, True, 1, 16),
             Config(128, 128, 64, 8, 4, True, 1),
             Config(128, 64, 64, 8, 4, True, 1),
         ),

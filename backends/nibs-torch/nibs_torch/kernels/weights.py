@@ -16,9 +16,9 @@ its loop over tiles without a condition: only such loops are fused, to fetch the
 
 A pair of two rows that are no anchors, or one that does not count, is bounded by nobody's lse: logits are cut at mid +
 SPREAD, beyond which no weight that is not 0 can lie. Targets are subtracted before rounding, for near convergence
-p - y is far smaller than either, and only in tiles that the diagonal or a target meets. A tile is finished in parts of
-64 columns (`tile.parts`): products, weights and what is stored of them, all of a tile at once, would not fit the
-registers at 128 x 256. float16 holds nothing below 6e-8: its weights are stored times a power of two (LIFTED), undone
+p - y is far smaller than either, and only in tiles that the diagonal or a target meets. A tile is finished by
+the quarters of its columns (`tile.parts`): products, weights and what is stored of them, all of a tile at once, would
+not fit the registers. float16 holds nothing below 6e-8: its weights are stored times a power of two (LIFTED), undone
 in float32.
 
 The scale's gradient is summed here, beside the weights, though `<q_i, dq_i>` after the products would cost nothing:
@@ -41,7 +41,6 @@ from nibs_torch.kernels.rows import narrow, to_tf32
 from nibs_torch.kernels.tile import (
     COUNTS,
     LOG2E,
-    PART,
     dots,
     logit,
     meets,
@@ -149,7 +148,7 @@ def weights_tile(
         acc = dots(Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, BM, BN, BK, DESC, PRECISION, UPCAST)
     om, on = row + tl.arange(0, BM), column + tl.arange(0, BN)
     row_in, column_in = om < rows, on < columns
-    WIDTH: tl.constexpr = min(BN, PART)
+    WIDTH: tl.constexpr = BN // 4 if BN >= 128 else BN
     middle, _ = span(SPANS, pm, pn, row_tiles, column_tiles)
     target = target_of(T, om, rows, columns, offset, DESIGNATED)
     if KEPT is not None:
@@ -159,12 +158,12 @@ def weights_tile(
         exact = tl.load(EXACT + om, mask=row_in, other=0.0)
         acc = tl.where(target[:, None] == on[None, :], exact[:, None], acc)
     holds = meets(target, row, column, offset, DESIGNATED, BM, BN)
-    pieces = parts(acc, BM, BN)
-    mine, theirs = tl.zeros((BM,), tl.float32), vector_parts(tl.zeros((BN,), tl.float32), BN)
+    pieces = parts(acc, BM, BN, WIDTH)
+    mine, theirs = tl.zeros((BM,), tl.float32), vector_parts(tl.zeros((BN,), tl.float32), BN, WIDTH)
     if RF is not None:
         mine = share(RF, RS, om, row_in, middle)
     if CF is not None:
-        theirs = vector_parts(share(CF, CS, on, column_in, middle), BN)
+        theirs = vector_parts(share(CF, CS, on, column_in, middle), BN, WIDTH)
     total = tl.zeros((BM,), tl.float32)
     for n in tl.static_range(BN // WIDTH):
         total += part_weights(
