@@ -41,6 +41,7 @@ from nibs_torch.kernels.tile import (
     joined,
     logit,
     meets,
+    part_width,
     parts,
     permitted,
     place,
@@ -49,10 +50,6 @@ from nibs_torch.kernels.tile import (
 )
 
 __all__ = ["plain_sigmoid", "sigmoid"]
-
-
-PART: tl.constexpr = tl.constexpr(64)
-"""Columns that are finished at a time."""
 
 
 @triton.jit
@@ -67,8 +64,12 @@ def log1p(w):
 
 @triton.jit
 def folded(x, BM: tl.constexpr, WIDTH: tl.constexpr):
-    """`[BM, WIDTH / 8]` sums of `x [BM, WIDTH]`, over its eighths."""
-    return tl.sum(tl.reshape(x, (BM, 8, WIDTH // 8)), 1)
+    """`[BM, WIDTH / 8]` sums of `x [BM, WIDTH]`, over what a thread holds: two neighbours of each eight columns.
+
+    Parts of 32 columns belong to threads with twice the rows, to whom both neighbours' sums would be too many.
+    """
+    sums = tl.sum(tl.reshape(x, (BM, WIDTH // 8, 8)), 1)
+    return tl.sum(tl.reshape(sums, (BM, 4, 2)), 2) if WIDTH == 32 else sums
 
 
 @triton.jit
@@ -156,13 +157,13 @@ def sigmoid_tile(
         tl.store(at + 4 * field, tl.max(tl.where(found, s, -float("inf")), 1), mask=row_in)
         negative = ok & (found == 0)
         tl.store(at + 5 * field, tl.max(tl.where(negative, s, -float("inf")), 1), mask=row_in)
-    WIDTH: tl.constexpr = min(BN, PART)
-    pieces = parts(acc, BM, BN, WIDTH)
+    WIDTH: tl.constexpr = part_width(BN)
+    pieces = parts(acc, BM, BN)
     holds = meets(target, row, column, offset, DESIGNATED, BM, BN)
     factor = tl.zeros((BM,), tl.float32)
     if G is not None:
         factor = tl.load(W + om, mask=row_in, other=0.0)
-    w, top = tl.zeros((BM, WIDTH // 16), tl.float32), tl.zeros((BM, WIDTH // 8), tl.float32)
+    w, top = tl.zeros((BM, 4), tl.float32), tl.zeros((BM, WIDTH // 8), tl.float32)
     product, total = tl.zeros((BM, WIDTH // 8), tl.float32), tl.zeros((BM, WIDTH // 8), tl.float32)
     for n in tl.static_range(BN // WIDTH):
         w, top, product, total = sigmoid_part(
@@ -186,8 +187,8 @@ def sigmoid_part(
     EXCLUDE: tl.constexpr, MULTI: tl.constexpr, RAGGED: tl.constexpr, TF32: tl.constexpr,
     BM: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A part's weights into G; returns w `[BM, WIDTH / 16]`, and sums `[BM, WIDTH / 8]` of max(x, 0), of weight times
-    product, and of weights, with the part's in them.
+    """A part's weights into G; returns w `[BM, 4]`, and sums `[BM, WIDTH / 8]` of max(x, 0), of weight times product,
+    and of weights, with the part's in them.
     """
     MASKED: tl.constexpr = EXCLUDE or (QM is not None) or (KM is not None)  # NaN may be beside what counts
     EACH: tl.constexpr = RAGGED or MASKED or MULTI  # every pair is judged
@@ -207,18 +208,23 @@ def sigmoid_part(
     w12, w34 = tl.fma(e1, u2, e2), tl.fma(e3, u4, e4)
     u12, u34 = 1.0 + w12, 1.0 + w34
     w4 = tl.fma(w12, u34, w34)
-    w_left, w_right = halves(w4, BM, WIDTH // 4)
-    u_left, u_right = halves(1.0 + w4, BM, WIDTH // 4)
-    w8 = tl.fma(w_left, u_right, w_right)
-    w_even, w_odd = tl.split(tl.reshape(w8, (BM, WIDTH // 16, 2)))
-    u_even, u_odd = tl.split(tl.reshape(1.0 + w8, (BM, WIDTH // 16, 2)))
+    HALVED: tl.constexpr = WIDTH > 32  # two eights of columns are left, not one
+    if HALVED:
+        w_left, w_right = halves(w4, BM, WIDTH // 4)
+        u_left, u_right = halves(1.0 + w4, BM, WIDTH // 4)
+        w8 = tl.fma(w_left, u_right, w_right)
+    else:
+        w8 = w4
+    w_even, w_odd = tl.split(tl.reshape(w8, (BM, 4, 2)))
+    u_even, u_odd = tl.split(tl.reshape(1.0 + w8, (BM, 4, 2)))
     w16 = tl.fma(w_even, u_odd, w_odd)
     u16 = 1.0 + w16
     g = e  # where no weights are asked for, nobody's
     if G is not None:
         every = factor[:, None] / u16  # from here on a reciprocal is a quotient: the row's weight over it
-        i8 = tl.reshape(tl.join(u_odd * every, u_even * every), (BM, WIDTH // 8))
-        i4 = joined(u_right * i8, u_left * i8, BM, WIDTH // 4)
+        i4 = tl.reshape(tl.join(u_odd * every, u_even * every), (BM, 8))
+        if HALVED:
+            i4 = joined(u_right * i4, u_left * i4, BM, WIDTH // 4)
         i12, i34 = u34 * i4, u12 * i4
         left = joined(u2 * i12, u1 * i12, BM, WIDTH // 2)
         right = joined(u4 * i34, u3 * i34, BM, WIDTH // 2)

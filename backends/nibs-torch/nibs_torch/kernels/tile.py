@@ -25,6 +25,7 @@ __all__ = [
     "joined",
     "logit",
     "meets",
+    "part_width",
     "parts",
     "permitted",
     "place",
@@ -119,32 +120,34 @@ def joined(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, COLUMNS))
 
 
-@triton.jit
-def parts(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """`x [ROWS, COLUMNS]` in up to four parts of WIDTH columns, from the left. Nothing moves from thread to thread.
+@triton.constexpr_function
+def part_width(columns):
+    """Columns of a tile that are finished at a time: a quarter, or all of a narrow tile's."""
+    return columns // 4 if columns >= 128 else columns
 
-    A tile is finished part by part: a whole tile's products and what is made of them do not fit the registers.
+
+@triton.jit
+def parts(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`x [ROWS, COLUMNS]` in parts of `part_width` columns, from the left. Nothing moves from thread to thread.
+
+    A whole tile's products and what is made of them do not fit the registers.
     """
-    if COLUMNS == 4 * WIDTH:
-        return quarters(x, ROWS, COLUMNS)
-    elif COLUMNS == 2 * WIDTH:
-        return halves(x, ROWS, COLUMNS)
-    else:
+    if part_width(COLUMNS) == COLUMNS:
         return (x,)
+    else:
+        return quarters(x, ROWS, COLUMNS)
 
 
 @triton.jit
-def vector_parts(x, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+def vector_parts(x, COLUMNS: tl.constexpr):
     """`x [COLUMNS]` in the same parts."""
-    if COLUMNS == 4 * WIDTH:
-        left, right = tl.split(tl.permute(tl.reshape(x, (2, 2 * WIDTH)), (1, 0)))
-        first, second = tl.split(tl.permute(tl.reshape(left, (2, WIDTH)), (1, 0)))
-        third, fourth = tl.split(tl.permute(tl.reshape(right, (2, WIDTH)), (1, 0)))
-        return first, second, third, fourth
-    elif COLUMNS == 2 * WIDTH:
-        return tl.split(tl.permute(tl.reshape(x, (2, WIDTH)), (1, 0)))
-    else:
+    if part_width(COLUMNS) == COLUMNS:
         return (x,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (2, COLUMNS // 2)), (1, 0)))
+        first, second = tl.split(tl.permute(tl.reshape(left, (2, COLUMNS // 4)), (1, 0)))
+        third, fourth = tl.split(tl.permute(tl.reshape(right, (2, COLUMNS // 4)), (1, 0)))
+        return first, second, third, fourth
 
 
 @triton.jit

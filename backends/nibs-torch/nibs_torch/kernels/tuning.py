@@ -95,9 +95,8 @@ HALVES: dict[str, Choices] = {
         "lse busy": (Config(128, 128, 64, 8, 3, True, 1),),
         "lse sums": (Config(128, 64, 64, 8, 4, True, 1),),
         "weights": (
-            Config(128, 128, 64, 4, 3, True, 2),
             Config(128, 256, 64, 8, 3, True, 1),
-            Config(128, 256, 64, 8, 4, True, 1),
+            Config(128, 128, 64, 4, 3, True, 2),
         ),
         "weights ragged": (Config(128, 128, 64, 8, 3, True, 1),),
         "weights busy": (Config(128, 128, 64, 8, 3, True, 1),),
@@ -105,8 +104,8 @@ HALVES: dict[str, Choices] = {
         "weights loose": LOOSE,
         "sigmoid": (
             Config(128, 256, 64, 8, 3, True, 1),
+            Config(128, 128, 64, 4, 3, True, 2),
             Config(128, 128, 64, 8, 4, True, 1),
-            Config(128, 64, 64, 8, 4, True, 1),
         ),
         "sigmoid ragged": (Config(128, 64, 64, 8, 4, True, 1),),
         "sigmoid busy": (Config(128, 64, 64, 8, 4, True, 1),),

@@ -44,6 +44,7 @@ from nibs_torch.kernels.tile import (
     dots,
     logit,
     meets,
+    part_width,
     parts,
     permitted,
     place,
@@ -148,7 +149,7 @@ def weights_tile(
         acc = dots(Q, K, row, column, rows, columns, d, sq0, sq1, sk0, sk1, BM, BN, BK, DESC, PRECISION, UPCAST)
     om, on = row + tl.arange(0, BM), column + tl.arange(0, BN)
     row_in, column_in = om < rows, on < columns
-    WIDTH: tl.constexpr = BN // 4 if BN >= 128 else BN
+    WIDTH: tl.constexpr = part_width(BN)
     middle, _ = span(SPANS, pm, pn, row_tiles, column_tiles)
     target = target_of(T, om, rows, columns, offset, DESIGNATED)
     if KEPT is not None:
@@ -158,12 +159,12 @@ def weights_tile(
         exact = tl.load(EXACT + om, mask=row_in, other=0.0)
         acc = tl.where(target[:, None] == on[None, :], exact[:, None], acc)
     holds = meets(target, row, column, offset, DESIGNATED, BM, BN)
-    pieces = parts(acc, BM, BN, WIDTH)
-    mine, theirs = tl.zeros((BM,), tl.float32), vector_parts(tl.zeros((BN,), tl.float32), BN, WIDTH)
+    pieces = parts(acc, BM, BN)
+    mine, theirs = tl.zeros((BM,), tl.float32), vector_parts(tl.zeros((BN,), tl.float32), BN)
     if RF is not None:
         mine = share(RF, RS, om, row_in, middle)
     if CF is not None:
-        theirs = vector_parts(share(CF, CS, on, column_in, middle), BN, WIDTH)
+        theirs = vector_parts(share(CF, CS, on, column_in, middle), BN)
     total = tl.zeros((BM,), tl.float32)
     for n in tl.static_range(BN // WIDTH):
         total += part_weights(
