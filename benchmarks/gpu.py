@@ -18,7 +18,7 @@
     large    `--copies` times the batch, the same rows again and again: its loss is the small one's and log(copies),
              each gradient the small one's over copies, the scale's the same; so every row can be checked
 
-A contender that fails is a row with its reason; where one breaks the device, `--only nibs dense` goes on without it.
+A contender that fails is a row with its reason; where one breaks the device, `--only nibs memeff` goes on without it.
 `--output` keeps each row as it comes, with machine, versions, command and date, in a file where other parts may stand
 already; tables go to the screen, and last, beside what is asked of an H200, what was found. Nothing is begun after
 `--seconds`. `benchmarks/on_gpu.py` runs this among all that wants a GPU.
@@ -371,7 +371,7 @@ class Run:
                 inputs = batch(self.where, self.options.n, d)
                 right = None if self.late() else truth(inputs, objective)
                 for contender, make in CONTENDERS[name].items():
-                    if not any(word in contender for word in self.options.only):
+                    if self.options.only and contender not in self.options.only:
                         continue
                     row = {"contender": contender, "objective": name, "n": self.options.n, "d": d, "dtype": "bfloat16"}
                     if right is None or self.late():
@@ -562,7 +562,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32_768], help="of a rank, in the ring")
     parser.add_argument("--copies", type=int, default=64, help="of the batch, in the large one")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose names contain one of these words")
+    names = sorted({name for contenders in CONTENDERS.values() for name in contenders})
+    parser.add_argument("--only", nargs="+", choices=names, help="contenders; all of them")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path)
