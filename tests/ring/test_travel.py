@@ -157,6 +157,19 @@ def test_a_rank_holds_what_its_plan_says(kind: Any) -> None:
     assert high / size <= 1.05 * plan.memory + returned
 
 
+@pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.InfoNCE("query_to_key"), nibs.Sigmoid()], ids=repr)
+def test_the_planner_tells_the_plan_that_a_rank_runs_under(objective: Any) -> None:
+    size, local, width = 4, 512, 64
+    shards = [rows(rank, local, width, ml_dtypes.bfloat16) for rank in range(size)]
+    asked = {"objective": objective, "memory": "3MB"}
+
+    def rank(ring: Any) -> Any:
+        return nibs.contrastive_loss_and_grad(*shards[ring.rank], ring=ring, stats=True, **asked)[2].plan
+
+    told = nibs.plan(local, local, width, "bfloat16", ring_size=size, backend="numpy", **asked)
+    assert run(size, rank) == [told] * size
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_bytes_sent_are_what_the_plan_says(size: int, dtype: str) -> None:
