@@ -157,7 +157,7 @@ class Macros:
         ]
 
 
-AREA = 256 << 20  # bytes of the largest weights that are planned
+AREA = 384 << 20  # bytes of the largest weights that are planned
 
 
 @dataclass(slots=True)
