@@ -227,14 +227,17 @@ COMPILED = tracing.CompiledKernels()
 
 
 def _call(request: Request, *, grad: bool, hold: bool = False, deferred: bool = False, bare: bool = False) -> Call:
-    """bare: gradients of rows without their factor, where the fused kernels made them: on a GPU that saves a pass."""
+    """bare: gradients of rows without their factor, where the fused kernels made them: on a GPU that saves a pass. Not
+    where rows may be absent, whose 0 a factor that is NaN, for a present row's sake, would not leave.
+    """
     if request.streams:
         request = streamed(request, hold=hold)
     plan = _plan(request, grad=grad, hold=hold, deferred=deferred)
     device = request.queries.device
     fused = plan.kernel == "triton"
     tiles = FusedTiles(request.dtype, device, request.precision) if fused else TorchTiles(request.dtype, device)
-    return Call(request, tiles, plan, request.ring, hold=hold, bare=bare and fused)
+    all_there = request.query_mask is None and request.key_mask is None
+    return Call(request, tiles, plan, request.ring, hold=hold, bare=bare and fused and all_there)
 
 
 def _whole(request: Request, *, grad: bool) -> tuple[Tensor, Gradients] | None:

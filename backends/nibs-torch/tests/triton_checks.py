@@ -248,11 +248,10 @@ def test_the_scale_gradient_sees_weights_before_they_are_rounded(objective: Any)
 @pytest.mark.parametrize("how", ["eager", "compiled", "functional"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_backward_applies_the_factor_that_the_forward_left_out(how: str, dtype: torch.dtype) -> None:
-    mask = torch.arange(70) % 7 != 0
     scale = torch.tensor(9.0)
 
     def loss(queries: Any, keys: Any, scale: Any) -> Any:
-        return 512 * nibs.contrastive_loss(queries, keys, scale=scale, query_mask=mask, reduction="sum")
+        return 512 * nibs.contrastive_loss(queries, keys, scale=scale, reduction="sum")
 
     inputs = [one.requires_grad_() for one in (*batch(dtype=dtype), scale)]
     if how == "functional":
@@ -260,11 +259,22 @@ def test_a_backward_applies_the_factor_that_the_forward_left_out(how: str, dtype
     else:
         made = torch.compile(loss, backend="eager", fullgraph=True) if how == "compiled" else loss
         found = torch.autograd.grad(made(*inputs), inputs)
-    _, direct = nibs.contrastive_loss_and_grad(*(one.detach() for one in inputs[:2]), scale=scale.detach(),
-                                               query_mask=mask, reduction="sum")  # fmt: skip
+    inputs = [one.detach() for one in inputs]
+    _, direct = nibs.contrastive_loss_and_grad(*inputs[:2], scale=inputs[2], reduction="sum")
     for one, expected in zip(found, (direct.queries, direct.keys, direct.scale), strict=True):
         torch.testing.assert_close(one, 512 * expected, rtol=2e-6, atol=0)
-    assert not found[0][~mask].any()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # how the interpreter takes a maximum
+@pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.Sigmoid()], ids=["infonce", "sigmoid"])
+@pytest.mark.parametrize("side", [0, 1], ids=["queries", "keys"])
+def test_a_backward_leaves_absent_rows_their_zero_beside_a_row_that_is_nan(side: int, objective: Any) -> None:
+    inputs, there = batch(), torch.arange(70) % 7 != 0
+    inputs[side][:2] = torch.nan  # the first is absent
+    inputs = [one.requires_grad_() for one in inputs]
+    masks = {("query_mask", "key_mask")[side]: there}
+    found = torch.autograd.grad(nibs.contrastive_loss(*inputs, objective=objective, **masks), inputs)
+    assert not found[side][~there].any() and found[side][1].isnan().all()
 
 
 def test_float16_weights_far_below_its_range_survive() -> None:
