@@ -9,19 +9,20 @@
 Plan. One exponential an element, e = exp(-|x|): softplus(x) = max(x, 0) + log(1 + e), and sigmoid(x) is 1 / (1 + e) or
 e / (1 + e). Far from the positives e is 1e-5 and less, where log(1 + e) keeps three digits. So several elements are
 taken together, as w = (1 + e1)(1 + e2)... - 1 without ever adding the 1: from the w of two groups, a and b, comes
-a (1 + b) + b, where 1 + b is rounded once, to multiply. Sixteen elements share one reciprocal of 1 + w, and up to 64 of
-a row one logarithm; w stays below 2^64.
+a (1 + b) + b, where 1 + b is rounded once, to multiply. Sixteen elements share one reciprocal of 1 + w, eight in tiles
+of 128 columns or 32, and up to 64 of a row one logarithm; w stays below 2^64.
 
-A tile is finished in parts of 64 columns (`tile.parts`), and what shares comes from the eighths of a part and from
-neighbours, which a thread holds in its own registers; sums over rows leave them once, as the tile ends. Where no pair
-has to be judged, all are taken for negatives, and in the few tiles that hold designated positives those are turned
-afterwards: e is the same for x and -x. That branch stands between a part's exponentials and its stores, so that the
-stores of one part are mixed with the exponentials of the next, whose unit is busy for half the time that a part takes.
+A tile is finished in parts of 64 columns or 32 (`tile.parts`), and what shares comes from the eighths of a part (of 32:
+the quarters) and from neighbours, which a thread holds in its own registers; sums over rows leave them once, as the
+tile ends. Where no pair has to be judged, all are taken for negatives, and in the few tiles that hold designated
+positives those are turned afterwards: e is the same for x and -x. That branch stands between a part's exponentials and
+its stores, so that the stores of one part are mixed with the exponentials of the next, whose unit is busy for half the
+time that a part takes.
 
 A pair that does not count has x = -inf, so e = 0. Either of RP and G may be None: no loss, or no gradient.
 
-Cost: 2 r c d flops, r c exponentials, r c / 16 reciprocals, r c / 64 logarithms; writes r c elements of the input's
-dtype.
+Cost: 2 r c d flops, r c exponentials, in the widest tiles r c / 16 reciprocals and r c / 64 logarithms; writes r c
+elements of the input's dtype.
 
 Twin: `plain_sigmoid`.
 """

@@ -22,6 +22,7 @@ __all__ = [
     "COUNTS",
     "LOG2E",
     "dots",
+    "halves",
     "joined",
     "logit",
     "meets",

@@ -1,6 +1,6 @@
 """Which tile each kind of GPU likes, and how to find out.
 
-    table     by architecture and kernel, first choice first; from what compiles without spills, not from timings
+    table     by architecture and kernel, first choice first: what compiles without spills; Hopper's order was timed
     limits    a choice is taken only where its shared memory fits the card: consumer cards have 99 KiB, an H100 has 227
     cache     what `python -m nibs_torch.kernels.tuning` measured on this machine comes before the table
 
@@ -66,10 +66,10 @@ class Card:
 # steps; every address of theirs is worked out. Least: whatever comes together.
 #
 # Hopper, whose copies come through descriptors: an SM reads its operands from the L2 cache, 64 flops for each byte in
-# tiles of 128 x 128 and 85 at 128 x 256; at 64, every SM at full rate would read 12 TB/s. So tiles of 128 x 256 come
-# first, whose programs stay and fetch the next tile while they finish one. The lse takes 256 x 128: its column sums go
-# from thread to thread, and a thread then holds half as many columns. Two programs an SM of 128 x 128 hide more of the
-# finish and read more: on an H100 they win at d = 512 and lose at 768.
+# tiles of 128 x 128 and 85 at 128 x 256; at 64, every SM at full rate would read 12 TB/s. So weights and sigmoid take
+# tiles of 128 x 256, whose programs stay and fetch the next tile while they finish one. Two programs an SM of 128 x 128
+# read more, and one multiplies while the other finishes: so on a warm H200 the lse, whose column sums go from thread to
+# thread, is 7 % faster than in tiles of 256 x 128, where a thread holds half as many columns as at 128 x 256.
 Choices = dict[str, tuple[Config, ...]]
 AMPERE = {
     **dict.fromkeys(("*", "* busy", "* sums", "* full"), (Config(128, 64, 32, 8, 3),)),
