@@ -14,6 +14,7 @@ from pretended_gpu import CARDS, Operators, Waited, calls, held
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nibs
+from nibs.plan import ACCELERATOR_BUDGET
 from nibs_torch import backend, plugin
 
 N, M, D = 1000, 1200, 96
@@ -154,6 +155,16 @@ def test_the_planner_tells_the_plan_that_a_call_runs_under(
     tiles = {(one.named["rows"], one.named["columns"]) for one in launches if one.name in ("weights", "sigmoid")}
     assert told == plans[-1]
     assert (told.query_tile, told.key_tile) in tiles
+
+
+@pytest.mark.parametrize("objective", [nibs.InfoNCE(), nibs.InfoNCE(label_smoothing=0.1), nibs.Sigmoid()], ids=str)
+@pytest.mark.parametrize("d", [64, 256])
+def test_narrow_rows_whose_products_fill_no_wave_take_most_of_their_budget(
+    d: int, objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with calls(CARDS["sm_90"], monkeypatch):
+        plan = nibs.plan(65_536, 65_536, d, "bfloat16", objective=objective, backend="torch", device="cuda")
+    assert 0.9 < plan.workspace / ACCELERATOR_BUDGET <= 1
 
 
 @pytest.mark.parametrize("direction", ["symmetric", "query_to_key"])

@@ -215,7 +215,7 @@ def macro_tiles(d: int, item: int, sms: int, area: int) -> tuple[tuple[int, int]
     of the product are just below a multiple of the number of multiprocessors, to within a twentieth. A macro tile reads
     and writes float32 gradients of its rows and of its columns, which the products cannot hide, for they do it as they
     end: `1 / rows + 1 / columns` elements for each pair and column of theirs. Square ones move the fewest; where those
-    jump from one wave to two, oblong ones fill the gap.
+    jump from one wave to two, oblong ones fill the gap. Where no side fills a wave, all squares, the largest first.
     """
     high, wide = LIBRARY_TILE
     across = -(-d // wide)
@@ -230,7 +230,7 @@ def macro_tiles(d: int, item: int, sms: int, area: int) -> tuple[tuple[int, int]
     oblong = [(rows, columns) for columns in fullest for rows in fullest if columns < rows <= 4 * columns]
     found = [one for one in squares + oblong if one[0] * one[1] <= area]
     found.sort(key=lambda one: 1 / one[0] + 1 / one[1])
-    return tuple(found) or ((max(256, int(area**0.5) // 256 * 256),) * 2,)
+    return tuple(found) or tuple((side, side) for side in range(max(256, int(area**0.5) // 256 * 256), 0, -256))
 
 
 # -- the cache, and the command that fills it -------------------------------------------------------
