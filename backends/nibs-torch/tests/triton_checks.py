@@ -5,6 +5,7 @@ Triton decides how to run kernels when they are defined, so these need a Python 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,13 @@ def test_lse_equals_its_plain_twin() -> None:
     plain = lse.plain_lse(queries, keys, torch.tensor(14.3), (32, 64))
     torch.testing.assert_close(stats.query_lse, plain[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(stats.key_lse, plain[1], rtol=1e-6, atol=1e-6)
+
+
+def test_an_lse_that_one_entry_rules_keeps_its_digits() -> None:
+    logits = torch.linspace(-15.0, 0.0, 4096).unsqueeze(1)
+    _, stats = nibs.contrastive_loss(logits, torch.ones(1, 1), targets=torch.zeros(4096, dtype=torch.int64), stats=True)
+    # The lifted power is rounded to 2^-20; beside that the exponential, its argument, the logarithm, and their sum.
+    assert (stats.query_lse - logits[:, 0]).abs().max() < 2**-20 * math.log(2) + 6 * 2**-24 + 15 * 2**-24
 
 
 def test_a_tile_whose_lse_values_spread_is_repaired() -> None:

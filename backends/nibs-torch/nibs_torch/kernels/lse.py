@@ -13,9 +13,10 @@ not look, finds the tiles where one shift was not enough, marks them, and redoes
 own shift, into `RS`, `CS` beside the sums. `fold` adds the partial sums of a row (column) in the order of the tiles to
 what earlier macro tiles left: no atomics, so the same bits each time, and no merge afterwards.
 
-LIFT = 100 keeps entries down to 2^-226 of the maximum; a row or column that sums to less than 2^-120 of it has lost
-terms that count. Sums keep the lift until `fold`. Where a row or a column may have no pair at all, one that is lost
-leaves as -1: 0 may be right.
+LIFT = 31 keeps entries down to 2^-157 of the maximum; a row or column that sums to less than 2^-120 of it has lost
+terms that count. No more than that, for the power is rounded as it is lifted: by 2^-20 here, and by four times that
+beyond 64, in each lse that one entry rules. Sums keep the lift until `fold`. Where a row or a column may have no pair
+at all, one that is lost leaves as -1: 0 may be right.
 
 The positive's logit is read off the same `s`, by the one tile that holds it.
 
@@ -38,10 +39,10 @@ from nibs_torch.kernels.tile import COUNTS, LOG2E, dots, logit, meets, permitted
 
 __all__ = ["COLUMN_FIELDS", "LIFT", "LOW", "ROW_FIELDS", "fields", "fold", "lse", "plain_lse", "repair"]
 
-LIFT: tl.constexpr = tl.constexpr(100.0)
-LIFTED: tl.constexpr = tl.constexpr(2.0**100)
-UNLIFT: tl.constexpr = tl.constexpr(2.0**-100)
-LOW: tl.constexpr = tl.constexpr(2.0**-20)
+LIFT: tl.constexpr = tl.constexpr(31.0)
+LIFTED: tl.constexpr = tl.constexpr(2.0**31)
+UNLIFT: tl.constexpr = tl.constexpr(2.0**-31)
+LOW: tl.constexpr = tl.constexpr(2.0**-89)
 LOWEST: tl.constexpr = tl.constexpr(float(torch.finfo(torch.float32).min))
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 
