@@ -35,7 +35,7 @@ Sweep = Literal["forward", "keep", "strip", "recompute", "split", "single"]
 
 MIB = 1024**2
 DEFAULT_BUDGET = {"cpu": 64 * MIB}
-ACCELERATOR_BUDGET = 384 * MIB
+ACCELERATOR_BUDGET = 256 * MIB
 STRIP = 64  # rows: a thinner strip wastes more on narrow products than the saved product is worth
 SLOW = 128  # smaller tiles than this cost more time than a saved product is worth
 SMALLEST = 16  # rows and columns of the smallest tile that is planned unasked

@@ -43,7 +43,7 @@ def passed(output: str) -> int:
 
 
 def test_the_kernels_own_checks_pass() -> None:
-    assert passed(run(str(HERE / "triton_checks.py"))) >= 25
+    assert passed(run(str(HERE / "triton_checks.py"))) >= 100
 
 
 @pytest.mark.parametrize("dtype", list(CASES))
