@@ -143,10 +143,9 @@ def lse_tile(
         top = tl.max(s, 1)
         u = tl.max(s)
         u = tl.where(u == -INFINITY, 0.0, u)
-        e = tl.exp2((s - u) * LOG2E + LIFT)
     else:
         u = tl.max(s)
-        e = tl.exp2((s - u) * LOG2E + LIFT)
+    e = tl.exp2((s - u) * LOG2E + LIFT)
     by_row_e, by_column_e = e, e
     if MARGIN:
         by_row_e, by_column_e = tl.where(by_row, e, 0.0), tl.where(by_column, e, 0.0)
@@ -301,9 +300,7 @@ def repair_tile(
                     rows, columns, d, offset, sq0, sq1, sk0, sk1,
                     True, DESIGNATED, EXCLUDE, SELF, SM, SN, BK, PRECISION, UPCAST,
                 )  # fmt: skip
-                new = tl.maximum(top, tl.max(s, 1))
-                total = total * tl.exp(top - new) + tl.sum(tl.exp(s - new[:, None]), 1)
-                top = new
+                top, total = gathered(top, total, s, 1)
             at = pn.to(tl.int64) * rows + om
             tl.store(RP + at, total * LIFTED, mask=om < rows)
             tl.store(RS + at, top, mask=om < rows)
@@ -319,12 +316,17 @@ def repair_tile(
                     rows, columns, d, offset, sq0, sq1, sk0, sk1,
                     False, DESIGNATED, EXCLUDE, SELF, SM, SN, BK, PRECISION, UPCAST,
                 )  # fmt: skip
-                new = tl.maximum(top, tl.max(s, 0))
-                total = total * tl.exp(top - new) + tl.sum(tl.exp(s - new[None, :]), 0)
-                top = new
+                top, total = gathered(top, total, s, 0)
             at = pm.to(tl.int64) * columns + on
             tl.store(CP + at, total * LIFTED, mask=on < columns)
             tl.store(CS + at, top, mask=on < columns)
+
+
+@triton.jit
+def gathered(top, total, s, AXIS: tl.constexpr):
+    """A running shift and mass of rows (AXIS 1) or of columns (AXIS 0), with the logits of one more tile in them."""
+    new = tl.maximum(top, tl.max(s, AXIS))
+    return new, total * tl.exp(top - new) + tl.sum(tl.exp(s - tl.expand_dims(new, AXIS)), AXIS)
 
 
 @triton.jit(do_not_specialize=COUNTS)
