@@ -387,12 +387,13 @@ class Run:
         """What the library's product and a copy reach here, on random numbers."""
         side = 8192 if self.where.gpu else 128
         one, other = (torch.randn(side, side, device=self.where.name, dtype=torch.bfloat16) for _ in range(2))
-        product = self.where.median(lambda: one @ other, 10)
-        flops, second = 2 * side**3 / 1e9, int(1e3 / product)
+        product, flops = self.where.median(lambda: one @ other, 10), 2 * side**3 / 1e9
         row = {"contender": "ceilings", "product_tflops": flops / product}
-        # A card that may not draw what a product at its full clock takes lowers the clock: after a second it has.
-        row["kept_up_tflops"] = flops / statistics.median(self.where.times(lambda: one @ other, second)[second // 2 :])
-        row.update(self.where.pulse(lambda: one @ other, second))
+        if self.where.gpu:
+            # A card that may not draw what a product at its full clock takes lowers the clock: after a second it has.
+            second = int(1e3 / product)
+            kept_up = statistics.median(self.where.times(lambda: one @ other, second)[second // 2 :])
+            row.update(kept_up_tflops=flops / kept_up, **self.where.pulse(lambda: one @ other, second))
         wide = torch.empty((1 << 30) if self.where.gpu else 1 << 16, device=self.where.name)
         into = torch.empty_like(wide)
         copy = self.where.median(lambda: into.copy_(wide), 10)
