@@ -159,7 +159,7 @@ def run(part: Part, results: Path, limit: float, *, dry: bool) -> dict[str, obje
         "outcome": outcome,
         "seconds": round(time.monotonic() - begun, 1),
         "date": date.today().isoformat(),
-        "command": shlex.join(words),
+        "command": shlex.join(["python", *words[1:]]),  # without the path of this machine's
         "last words": printed[-3 if outcome == "done" else -30 :],
     }
     figures = results / (part.file or f"{part.name}.json")
