@@ -202,8 +202,9 @@ def profiles(steps: Rows) -> list[str]:
         for name in by_width[high]:
             line: list[Any] = [by_width[d].get(name) for d in widths]
             if low != high:
-                ends = line[0], line[-1]
-                line.append(None if None in ends else ends[0] - (ends[1] - ends[0]) * low / (high - low))
+                first, last = line[0], line[-1]
+                bent = name in BESIDE.values() or None in (first, last)  # a clock, or a host, has no such line
+                line.append(None if bent else first - (last - first) * low / (high - low))
             lines.append([name, *line])
         heads = ["kernels", *(f"d = {d}" for d in widths), *(["d = 0"] if low != high else [])]
         out += [f"{objective}, where a step's milliseconds go:", table(heads, lines)]
