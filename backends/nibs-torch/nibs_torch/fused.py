@@ -127,7 +127,7 @@ def hints_on(device: str, dtype: str, *, mixed: bool = False) -> Macros:
 
 @dataclass(frozen=True, slots=True)
 class Macros:
-    """`macros(job)`: macro tiles, the best first: whole waves of the card, from the default budget down.
+    """`macros(job)`: macro tiles, the best first: whole waves of the card, of weights up to AREA.
 
     item: bytes of an element of a row, and of a weight. least: the fewest rows or columns of a tile of the kernels;
     least_busy: with statistics or smoothing. copies: rows must be copied before the kernels can read them.
